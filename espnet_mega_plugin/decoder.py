@@ -1,0 +1,312 @@
+"""ESPnet's face of the MEGA network: the class that `decoder: mega` builds.
+
+B batch, L labels, D block size, N EMA heads, W remembered labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
+from torch import Tensor
+
+from espnet_mega_plugin.mega.network import MegaNetwork
+from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
+
+
+class MEGADecoder(MegaNetwork, AbsDecoder):
+    """MEGA prediction network for ESPnet's transducer (arXiv:2209.10655).
+
+    Arguments, defaults, attributes, methods and `state_dict` are those of ESPnet's class of the same name. `forward`
+    gives ESPnet's numbers; every way of scoring gives what `forward` gives over the whole prefix, for any mix of
+    histories in a batch (tests/test_decoder.py).
+
+    Args:
+        vocab_size: number of tokens, blank included.
+        block_size: width D of the embedding, of the layers and of the output.
+        linear_size: hidden width of the feed-forward half of a layer.
+        qk_size: width of queries and keys; even with rel_pos_bias_type `rotary`.
+        v_size: width of values.
+        num_heads: number of averages the EMA keeps for each channel.
+        rel_pos_bias_type: `simple` (a table of max_positions numbers) or `rotary` (no limit of length).
+        max_positions: longest sequence `forward` takes with `simple`; chunk_size takes its place where that is set.
+        truncation_length: how many labels back the EMA looks; null for all.
+        normalization_type: layer_norm, basic_norm, rms_norm or scale_norm.
+        normalization_args: `eps`; `partial` for rms_norm (share of the channels the rms is taken of).
+        activation_type: swish, ftswish, hardtanh, leaky_relu, mish, relu, selu, smish, tanh or identity.
+        activation_args: ESPnet's names: ftswish_threshold, ftswish_mean_shift, hardtanh_min_val, hardtanh_max_val,
+            leakyrelu_neg_slope, smish_alpha, smish_beta, softplus_beta, softplus_threshold, swish_beta.
+        chunk_size: attention stays inside chunks of that many labels; -1 for the full context.
+        num_blocks: number of layers.
+        dropout_rate: of values and of the attention's result.
+        embed_dropout_rate: of the embedding.
+        att_dropout_rate: of attention weights.
+        ema_dropout_rate: of the EMA's output.
+        ffn_dropout_rate: of the feed-forward's hidden values and result.
+        embed_pad: label whose embedding is zero and that counts as padding after the first place.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it and what is accepted.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int = 512,
+        linear_size: int = 1024,
+        qk_size: int = 128,
+        v_size: int = 1024,
+        num_heads: int = 4,
+        rel_pos_bias_type: str = "simple",
+        max_positions: int = 2048,
+        truncation_length: int | None = None,
+        normalization_type: str = "layer_norm",
+        normalization_args: dict = {},  # noqa: B006 - ESPnet's default, shown by --print_config; never changed
+        activation_type: str = "swish",
+        activation_args: dict = {},  # noqa: B006
+        chunk_size: int = -1,
+        num_blocks: int = 4,
+        dropout_rate: float = 0.0,
+        embed_dropout_rate: float = 0.0,
+        att_dropout_rate: float = 0.0,
+        ema_dropout_rate: float = 0.0,
+        ffn_dropout_rate: float = 0.0,
+        embed_pad: int = 0,
+    ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__(**arguments)
+        self.score_cache: dict = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embed.weight.device
+
+    def set_device(self, device: torch.device) -> None:
+        """Asked for by ESPnet's interface; the device is always that of the parameters, so there is nothing to set."""
+
+    def inference(self, labels: Tensor, states: Documented) -> tuple[Tensor, Documented]:
+        """Go on from a state by one label or several.
+
+        Args:
+            labels: new labels of each hypothesis. (B, L) int
+            states: of the labels before: `init_state(B)`, or what this or another method returned for B hypotheses.
+
+        Returns:
+            out: decoder output for each new label, equal to `forward` over the whole sequence. (B, L, D)
+            new_states: batched state after the new labels. One dict a block
+
+        Raises:
+            ValueError: labels and states are of different batch sizes, or a state lacks a key.
+        """
+        memory = self._memory(states)
+        if len(memory.positions) != labels.shape[0]:
+            raise ValueError(
+                f"labels hold {labels.shape[0]} hypotheses, states {len(memory.positions)}. "
+                f"Build states with init_state({labels.shape[0]}) or create_batch_states."
+            )
+        out, memory = self.extend(labels, memory)
+        return out, self._documented(memory)
+
+    @torch.no_grad()
+    def score(self, label_sequence: Sequence[int], states: Documented) -> tuple[Tensor, Documented]:
+        """Score one hypothesis by one label.
+
+        Args:
+            label_sequence: its labels, the start label first; the last one is new.
+            states: state after all labels but the last.
+
+        Returns:
+            out: decoder output for the last label. (1, D)
+            states: state after the last label, for this one hypothesis.
+
+        The result is remembered in `score_cache` until a search resets that, and given again only for the same labels
+        from the same state with the same weights, device and dtype.
+        """
+        key = tuple(label_sequence)
+        signature = self._signature()
+        for remembered_state, remembered_signature, out, new_states in self.score_cache.get(key, ()):
+            if remembered_state is states and remembered_signature == signature:
+                return out, new_states
+        label = torch.tensor([[self._last(label_sequence)]], device=self.device)
+        out, memory = self.extend(label, self._memory(states))
+        new_states = self.select_state(self._documented(memory), 0)
+        self.score_cache.setdefault(key, []).append((states, signature, out[0], new_states))
+        return out[0], new_states
+
+    @torch.no_grad()
+    def batch_score(self, hyps: Sequence[Any]) -> tuple[Tensor, Documented]:
+        """Score hypotheses of any lengths by one label each.
+
+        Args:
+            hyps: each with `yseq` (labels, the last one new) and `dec_state` (state after all but the last).
+
+        Returns:
+            out: decoder output for the last label of each. (B, D)
+            states: batched state; `select_state` takes one hypothesis out of it.
+        """
+        labels = torch.tensor([self._last(hyp.yseq) for hyp in hyps], dtype=torch.long, device=self.device)
+        out, states = self.inference(labels[:, None], self.create_batch_states([hyp.dec_state for hyp in hyps]))
+        return out.squeeze(1), states
+
+    def init_state(self, batch_size: int = 0) -> Documented:
+        """State before the first label: on the parameters' device, in their dtype.
+
+        Args:
+            batch_size: 0 or 1 for one hypothesis, in the shapes ESPnet documents: ema_state (D, N), prev_key
+                (1, 1, qk_size), prev_value (1, 1, v_size), whose zeros are never attended to; more for a batch.
+        """
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
+            raise TypeError(f"batch_size must be an integer; got {batch_size!r} ({type(batch_size).__name__}).")
+        if batch_size < 0:
+            raise ValueError(f"batch_size must be 0 or more; got {batch_size}.")
+        states = self._documented(self.empty_memory(max(batch_size, 1)))
+        if batch_size > 1:
+            return states
+        for state in states:
+            state["ema_state"] = state["ema_state"][0]
+            for name in ("prev_key", "prev_value"):
+                state[name] = state[name].new_zeros(1, 1, state[name].shape[-1])
+            state["prev_pad"] = state["prev_pad"].new_zeros(1, 1)
+            state["position"] = state["position"][0]
+        return states
+
+    def select_state(self, states: Documented, idx: int) -> Documented:
+        """State of one hypothesis of a batched state.
+
+        Raises:
+            ValueError: there is no hypothesis `idx`.
+        """
+        memory = self._memory(states)
+        if not 0 <= idx < len(memory.positions):
+            raise ValueError(f"idx must be 0 to {len(memory.positions) - 1}, a hypothesis of the states; got {idx}.")
+        position = torch.tensor(memory.positions[idx])
+        W = memory.padding.shape[1]
+        first = W - min(W, self.attended_labels(memory.positions[idx]))
+        selected = []
+        for block in memory.blocks:
+            state = {
+                "ema_state": block.ema[idx],
+                "prev_key": block.keys[idx, first:],
+                "prev_value": block.values[idx, first:],
+                "prev_pad": memory.padding[idx, first:],
+                "position": position,
+            }
+            if block.inputs is not None:
+                state["prev_input"] = block.inputs[idx]
+            selected.append(state)
+        return selected
+
+    def stack_qk_states(self, state_list: Sequence[Tensor], dim: int) -> Tensor:
+        """Keys or values of hypotheses of different lengths as one batch, zeros in front of the shorter ones.
+
+        Args:
+            state_list: keys or values of each hypothesis. [(W, dim) or (1, W, dim)]
+            dim: their width; decides the shape of an empty batch.
+
+        Returns:
+            stacked: on the device and in the dtype of the states. (B, longest W, dim)
+        """
+        if not state_list:
+            return self.embed.weight.new_zeros(0, 0, dim)
+        return stack_right([_single(state, 2) for state in state_list])
+
+    def create_batch_states(self, new_states: Sequence[Documented]) -> Documented:
+        """One batched state of single ones, whatever the lengths of their histories."""
+        if not new_states:
+            return self._documented(self.empty_memory(0))
+        singles = [[self._complete(state) for state in states] for states in new_states]
+        ranks = {"ema_state": 2, "prev_pad": 1, "prev_input": 2}
+        batched = []
+        for b in range(self.num_blocks):
+            block = [states[b] for states in singles]
+            state = {
+                "prev_key": self.stack_qk_states([one["prev_key"] for one in block], self.mega_att_k_size),
+                "prev_value": self.stack_qk_states([one["prev_value"] for one in block], self.mega_att_v_size),
+                "position": torch.stack([one["position"].reshape(()) for one in block]),
+            }
+            for name in ranks.keys() & block[0].keys():
+                state[name] = stack_right([_single(one[name], ranks[name]) for one in block])
+            batched.append(state)
+        return batched
+
+    # -- between the documented states and the network's memory
+
+    def _complete(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with all keys; what a hand-made one lacks follows from its keys' shape."""
+        if self.truncation_length is not None and "prev_input" not in state:
+            raise ValueError(
+                f"state lacks 'prev_input', the last truncation_length - 1 = {self.truncation_length - 1} block inputs, "
+                f"which a decoder with truncation_length needs; it holds {sorted(state)}."
+            )
+        missing = [name for name in ("ema_state", "prev_key", "prev_value") if name not in state]
+        if missing:
+            raise ValueError(f"state lacks {', '.join(missing)}; it holds {sorted(state)}. Start from init_state().")
+        if "prev_pad" in state and "position" in state:
+            return state
+        rows = state["prev_key"].shape[:-1]
+        seen = torch.full(rows[:-1], rows[-1], dtype=torch.long)
+        return {"prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool), "position": seen, **state}
+
+    def _memory(self, states: Documented) -> MegaMemory:
+        if len(states) != self.num_blocks:
+            raise ValueError(f"states must hold one dict for each of the {self.num_blocks} blocks; got {len(states)}.")
+        states = [self._complete(state) for state in states]
+        blocks = [
+            BlockMemory(
+                _batched(state["ema_state"], 3),
+                _batched(state["prev_key"], 3),
+                _batched(state["prev_value"], 3),
+                _batched(state["prev_input"], 3) if self.truncation_length is not None else None,
+            )
+            for state in states
+        ]
+        positions = states[0]["position"].reshape(-1).tolist()
+        return MegaMemory(blocks, _batched(states[0]["prev_pad"], 2), positions)
+
+    @staticmethod
+    def _documented(memory: MegaMemory) -> Documented:
+        position = torch.tensor(memory.positions, dtype=torch.long)
+        states = []
+        for block in memory.blocks:
+            state = {"ema_state": block.ema, "prev_key": block.keys, "prev_value": block.values}
+            if block.inputs is not None:
+                state["prev_input"] = block.inputs
+            # a state never holds a graph: a hypothesis would keep those of all its labels alive
+            state = {name: tensor.detach() for name, tensor in state.items()}
+            states.append({**state, "prev_pad": memory.padding, "position": position})
+        return states
+
+    # -- what score remembers
+
+    def _signature(self) -> tuple:
+        weight = self.embed.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return (
+            weight.device,
+            weight.dtype,
+            autocast and torch.get_autocast_dtype(weight.device.type),
+            torch.is_inference_mode_enabled(),
+            sum(p._version for p in self.parameters() if not p.is_inference()),
+            sum(p.data_ptr() for p in self.parameters()),
+        )
+
+    def _last(self, label_sequence: Sequence[int]) -> int:
+        if not len(label_sequence):
+            raise ValueError("label_sequence is empty; it must begin with the start label (blank).")
+        return int(label_sequence[-1])
+
+    def __getstate__(self) -> dict:
+        """A copy or a pickle starts with nothing remembered."""
+        return {**self.__dict__, "score_cache": {}}
+
+
+def _single(tensor: Tensor, rank: int) -> Tensor:
+    """One hypothesis' tensor: without the batch dimension of 1 that init_state and ESPnet's states carry."""
+    return tensor.squeeze(0) if tensor.dim() == rank + 1 and tensor.shape[0] == 1 else tensor
+
+
+def _batched(tensor: Tensor, rank: int) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == rank - 1 else tensor

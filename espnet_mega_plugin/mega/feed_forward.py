@@ -1,0 +1,29 @@
+"""The feed-forward half of a layer: norm(x + W2 phi(W1 x)), dropout after both projections."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class NormalizedPositionwiseFeedForward(nn.Module):
+    def __init__(
+        self, size: int, hidden_size: int, activation: nn.Module, normalization: nn.Module, dropout_rate: float
+    ):
+        super().__init__()
+        self.linear1 = nn.Linear(size, hidden_size)
+        self.linear2 = nn.Linear(hidden_size, size)
+        self.activation = activation
+        self.normalization = normalization
+        self.dropout = nn.Dropout(dropout_rate)
+        for linear in (self.linear1, self.linear2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        hidden = self.dropout(self.activation(self.linear1(x)))
+        return self.normalization(self.dropout(self.linear2(hidden)) + x)
+
+    def extend(self, x: Tensor) -> Tensor:
+        """As forward, without dropout in any mode: scoring is never random."""
+        return self.normalization(self.linear2(self.activation(self.linear1(x))) + x)

@@ -1,0 +1,91 @@
+"""Relative position bias of the attention: a number for each distance d = (query's place) - (key's place) >= 0.
+
+Both kinds offer the same two methods:
+    matrix(L)         bias for all pairs of L labels, in ESPnet's order of operations    (L, L)
+    by_distance(n)    bias for the distances 0 .. n-1                                    (n,)
+so that matrix(L)[i, j] == by_distance(L)[i - j] for j <= i.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RelativePositionBias(nn.Module):
+    """`simple`: one learnt number a distance.
+
+    The checkpoint holds 2M-1 numbers; the first M belong to the distances M-1 .. 0, the rest to keys after the
+    query, which a causal decoder never reads.
+    """
+
+    def __init__(self, max_positions: int):
+        super().__init__()
+        self.max_positions = max_positions
+        self.relative_position_bias = nn.Parameter(torch.empty(2 * max_positions - 1))
+        nn.init.normal_(self.relative_position_bias, std=0.02)
+
+    def matrix(self, length: int) -> Tensor:
+        if length > self.max_positions:
+            raise ValueError(
+                f"Length {length} is too long for the maximum number of allowed positions {self.max_positions} "
+                f"(decoder_conf max_positions). Train with a larger max_positions, with rel_pos_bias_type: rotary "
+                f"(no limit) or with a chunk_size."
+            )
+        first = self.max_positions - length
+        return self.relative_position_bias[first : first + 2 * length - 1].unfold(0, length, 1).flip(0)
+
+    def by_distance(self, count: int) -> Tensor:
+        """Distances beyond the table use its last entry, so that decoding outlives `max_positions`."""
+        near = self.relative_position_bias[: self.max_positions].flip(0)[:count]
+        return torch.cat([near, near[-1:].expand(count - near.shape[0])]) if count > near.shape[0] else near
+
+
+class RotaryRelativePositionBias(nn.Module):
+    """`rotary`: two learnt vectors, turned by their places and multiplied. No limit of length.
+
+    Source: facebookresearch/mega, RotaryRelativePositionalBias. The angles are computed where they are used:
+    ESPnet's tables keep the precision of an earlier half() and are in no checkpoint.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.alpha = nn.Parameter(torch.empty(1, size))
+        self.beta = nn.Parameter(torch.empty(1, size))
+        self.register_buffer("_pe", torch.zeros(1))  # unused; ESPnet's checkpoints hold it
+        nn.init.normal_(self.alpha, std=0.02)
+        nn.init.normal_(self.beta, std=0.02)
+
+    def _angles(self, count: int) -> Tensor:
+        """Angle of each place and pair of channels, float32 or better. (count, size / 2)"""
+        exact = torch.promote_types(self.alpha.dtype, torch.float32)
+        half = self.size // 2
+        speed = torch.exp(torch.arange(half, dtype=exact, device=self.alpha.device) * -(math.log(10000) / half))
+        return torch.arange(count, dtype=exact, device=self.alpha.device)[:, None] * speed
+
+    @staticmethod
+    def _turned(vector: Tensor, angles: Tensor) -> Tensor:
+        first, second = vector.to(angles.dtype).expand(angles.shape[0], -1).chunk(2, dim=-1)
+        sin, cos = torch.sin(angles), torch.cos(angles)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
+
+    def matrix(self, length: int) -> Tensor:
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            angles = self._angles(length)
+            bias = torch.einsum("mk,nk->mn", self._turned(self.alpha, angles), self._turned(self.beta, angles))
+            return bias.to(self.alpha.dtype)
+
+    def by_distance(self, count: int) -> Tensor:
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            # the key stands at 0, the query at d
+            bias = self._turned(self.alpha, self._angles(count)) @ self.beta[0].to(
+                torch.promote_types(self.alpha.dtype, torch.float32)
+            )
+            return bias.to(self.alpha.dtype)
+
+
+def build_position_bias(rel_pos_bias_type: str, qk_size: int, max_positions: int) -> nn.Module:
+    return RotaryRelativePositionBias(qk_size) if rel_pos_bias_type == "rotary" else RelativePositionBias(max_positions)

@@ -1,0 +1,60 @@
+"""What a decoder remembers of the labels before: a value, never changed in place, never holding a graph.
+
+ESPnet's searches hold a state as a list with one dict a block. The keys of that dict:
+
+    ema_state    h of the moving average                                   (D, N), float32 or better
+    prev_key     keys of the labels in the attention's reach               (W, qk_size)
+    prev_value   values of the same labels                                 (W, v_size)
+    prev_pad     true where such a label was padding (embed_pad)           (W,) bool
+    position     how many labels the state has seen                        () int64, on the CPU
+    prev_input   with truncation_length K: the last K-1 block inputs       (W', D), float32 or better
+
+These are the shapes for one hypothesis; a batch has one more dimension in front, shorter histories stand at the
+right end, and what is in front of them is never read (it may hold anything: the position tells). Only the first three
+are needed to build a state by hand; then every row of `prev_key` counts as a label.
+
+Positions live on the CPU so that cutting a row out of a batch waits for no GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """A batch's memory of one block. Histories are aligned at the right end."""
+
+    ema: Tensor  # (B, D, N)
+    keys: Tensor  # (B, W, qk_size)
+    values: Tensor  # (B, W, v_size)
+    inputs: Tensor | None  # (B, W', D) with a truncation length
+
+
+@dataclass(frozen=True)
+class MegaMemory:
+    """A batch's memory of all blocks."""
+
+    blocks: list[BlockMemory]
+    padding: Tensor  # (B, W) bool: the label behind that key was padding
+    positions: list[int]  # labels seen by each row
+
+
+Documented = list[dict[str, Tensor]]
+
+
+def stack_right(rows: list[Tensor]) -> Tensor:
+    """Rows of different lengths (n, *) as one batch, aligned at the right end, zeros in front. (B, max n, *)"""
+    longest = max(row.shape[0] for row in rows)
+    if all(row.shape[0] == longest for row in rows):
+        return torch.stack(rows)
+    dtype = rows[0].dtype
+    for row in rows[1:]:
+        dtype = torch.promote_types(dtype, row.dtype)
+    stacked = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:], dtype=dtype)
+    for row, place in zip(rows, stacked, strict=True):
+        place[longest - row.shape[0] :] = row
+    return stacked
