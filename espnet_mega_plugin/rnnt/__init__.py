@@ -1,0 +1,5 @@
+"""The RNN-T loss: torch only, nothing to compile."""
+
+from espnet_mega_plugin.rnnt.loss import METHODS, RNNTLoss, rnnt_loss
+
+__all__ = ["METHODS", "RNNTLoss", "rnnt_loss"]

@@ -1,0 +1,122 @@
+"""The door of the loss: everything is checked here, once, and leaves in one form.
+
+B utterances, T frames, U labels, V classes.
+"""
+
+import math
+from numbers import Integral, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("none", "mean", "sum")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+class Problem(NamedTuple):
+    """What the methods take: lengths valid, labels beyond their length blank, all int64 on the logits' device."""
+
+    logits: Tensor  # (B, T, U+1, V)
+    labels: Tensor  # (B, U)
+    frame_lengths: Tensor  # (B,)
+    label_lengths: Tensor  # (B,)
+    blank: int
+    invalid: Tensor | None  # (B,) bool: utterances that a synchronising check would have refused; None: checked
+
+
+def problem(
+    acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int, check: bool | None
+) -> Problem:
+    """Refuse what is wrong with a ValueError (TypeError for a wrong type) that names the argument.
+
+    Shapes and types are always checked, the values of lengths and labels where that costs no synchronisation (``acts``
+    or all three of them on the CPU) or with ``check=True``. Otherwise the utterances at fault are marked ``invalid``.
+    """
+    blank = _shapes_and_types(acts, labels, act_lens, label_lens, blank)
+    B, T, U1, V = acts.shape
+    if check is None:
+        check = acts.device.type == "cpu" or all(x.device.type == "cpu" for x in (labels, act_lens, label_lens))
+    if check:
+        # once on the CPU: a device is synchronised once for each tensor, not once for each question
+        _lengths(act_lens.cpu().long(), label_lens.cpu().long(), T, U1)
+        _labels(labels[:, : U1 - 1].cpu().long(), label_lens.cpu().long(), V, blank)
+    frames, lengths = (x.to(acts.device, torch.int64) for x in (act_lens, label_lens))
+    labels = labels[:, : U1 - 1].to(acts.device, torch.int64)
+    if check:
+        return Problem(acts, labels.masked_fill(_beyond(labels, lengths), blank), frames, lengths, blank, None)
+    invalid = (frames < 1) | (frames > T) | (lengths < 0) | (lengths > U1 - 1)
+    frames, lengths = frames.clamp(1, T), lengths.clamp(0, U1 - 1)
+    beyond = _beyond(labels, lengths)
+    wrong = ((labels < 0) | (labels >= V) | (labels == blank)) & ~beyond
+    invalid = invalid | wrong.any(1)
+    return Problem(acts, labels.masked_fill(beyond | wrong, blank), frames, lengths, blank, invalid)
+
+
+def reduction_and_fastemit(reduction: str, fastemit_lambda: float) -> float:
+    """Refuse an unknown reduction and a lambda that is no finite number from 0 up; gives lambda as a float."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}.")
+    if isinstance(fastemit_lambda, bool) or not isinstance(fastemit_lambda, Real):
+        raise TypeError(f"fastemit_lambda must be a number; got {type(fastemit_lambda).__name__}.")
+    if not 0 <= fastemit_lambda < math.inf:
+        raise ValueError(f"fastemit_lambda must be a finite number from 0 up; got {fastemit_lambda}.")
+    return float(fastemit_lambda)
+
+
+def _shapes_and_types(acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int) -> int:
+    named = {"acts": acts, "labels": labels, "act_lens": act_lens, "label_lens": label_lens}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}.")
+        kinds, wanted = (_FLOATS, "floating point") if name == "acts" else (_INTEGERS, "int32 or int64")
+        if value.dtype not in kinds:
+            raise TypeError(f"{name} must be {wanted}; got {value.dtype}.")
+    if acts.dim() != 4:
+        raise ValueError(f"acts must be logits of shape (B, T, U+1, V); got {tuple(acts.shape)}.")
+    B, T, U1, V = acts.shape
+    if B and min(T, U1, V) < 1:
+        raise ValueError(f"acts needs at least one frame, one row and one class; got (B, T, U+1, V) = {(B, T, U1, V)}.")
+    if labels.dim() != 2 or labels.shape[0] != B:
+        raise ValueError(f"labels must be (B, U), B = {B} as in acts {tuple(acts.shape)}; got {tuple(labels.shape)}.")
+    if B and labels.shape[1] < U1 - 1:
+        raise ValueError(
+            f"labels must be (B, U) = {(B, U1 - 1)} to go with acts {tuple(acts.shape)}, which have one row more than "
+            f"labels (the row before the first label); got {tuple(labels.shape)}."
+        )
+    for name in ("act_lens", "label_lens"):
+        if named[name].shape != (B,):
+            raise ValueError(f"{name} must be (B,) = ({B},) as in acts; got {tuple(named[name].shape)}.")
+    if isinstance(blank, bool) or not isinstance(blank, Integral):
+        raise TypeError(f"blank must be an int; got {type(blank).__name__}.")
+    if B and not -1 <= blank < V:
+        raise ValueError(f"blank must be a class from 0 to V - 1 = {V - 1}, or -1 for the last one; got {blank}.")
+    return V - 1 if blank == -1 else int(blank)
+
+
+def _lengths(act_lens: Tensor, label_lens: Tensor, T: int, U1: int) -> None:
+    for name, lens, least, most, what in (
+        ("act_lens", act_lens, 1, T, "frames of acts"),
+        ("label_lens", label_lens, 0, U1 - 1, "rows of acts less one"),
+    ):
+        wrong = (lens < least) | (lens > most)
+        if wrong.any():
+            b = int(wrong.nonzero()[0])
+            raise ValueError(f"{name} must be from {least} to {most} ({what}); utterance {b} has {int(lens[b])}.")
+
+
+def _labels(labels: Tensor, label_lens: Tensor, V: int, blank: int) -> None:
+    wrong = ((labels < 0) | (labels >= V) | (labels == blank)) & ~_beyond(labels, label_lens)
+    if wrong.any():
+        b, u = wrong.nonzero()[0].tolist()
+        label = int(labels[b, u])
+        why = "is the blank" if label == blank else f"is outside 0 to V - 1 = {V - 1}"
+        raise ValueError(
+            f"labels[{b}, {u}] = {label} {why}; labels within label_lens ({int(label_lens[b])} for utterance {b}) must "
+            f"be classes from 0 to {V - 1} other than the blank, {blank}."
+        )
+
+
+def _beyond(labels: Tensor, label_lens: Tensor) -> Tensor:
+    return torch.arange(labels.shape[1], device=labels.device) >= label_lens[:, None]

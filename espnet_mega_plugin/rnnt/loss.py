@@ -1,0 +1,105 @@
+"""RNN-T loss with FastEmit: warp-transducer's names, order, defaults and result shapes, on any device and float type.
+
+The value is -log P(labels | acts), always; FastEmit weighs the gradient through label arcs by 1 + lambda and leaves
+the value alone. Source: Graves 2012 (arXiv:1211.3711); FastEmit: Yu et al. 2020 (arXiv:2010.11148).
+
+B utterances, T frames, U labels, V classes.
+"""
+
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.rnnt import reference, wavefront
+from espnet_mega_plugin.rnnt.arguments import problem, reduction_and_fastemit
+
+
+def _reference(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda, *, inplace, threshold):
+    found = reference.costs(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda)
+    return found.to(wavefront.accumulator(logits.dtype))
+
+
+METHODS = {"reference": _reference, "wavefront": wavefront.costs}
+
+
+def rnnt_loss(
+    acts: Tensor,
+    labels: Tensor,
+    act_lens: Tensor,
+    label_lens: Tensor,
+    blank: int = 0,
+    reduction: str = "mean",
+    fastemit_lambda: float = 0.001,
+    *,
+    method: str = "auto",
+    inplace: bool | None = None,
+    threshold: float = 1e-9,
+    check: bool | None = None,
+) -> Tensor:
+    """-log P of the labels, summed over all alignments.
+
+    Args:
+        acts: logits, not normalised. (B, T, U+1, V) float16, bfloat16, float32 or float64; any strides
+        labels: (B, U) integers. What lies beyond an utterance's length is not read; columns beyond U are ignored.
+        act_lens: frames of each utterance. (B,) integers, 1 to T
+        label_lens: labels of each utterance. (B,) integers, 0 to U
+        blank: class of the blank; -1 is the last class. No label may be equal to it.
+        reduction: "none" gives the costs (B,), "sum" their sum (1,), "mean" the sum divided by B (1,).
+            An empty batch gives (0,), 0 and 0.
+        fastemit_lambda: weight of FastEmit in the gradient, from 0 up.
+        method: "wavefront" (fast), "reference" (loops, float64) or "auto", the fastest exact one for the device.
+        inplace: whether backward writes the gradient over ``acts`` (a second backward, or another operation's that
+            needs them, then raises). None: where they are neither a leaf nor a part of another tensor, are
+            contiguous, and are not under activation checkpointing.
+        threshold: cells whose posterior is at most this get a gradient of exactly 0. The default changes a float32
+            gradient by less than its rounding; 0 keeps all.
+        check: whether the values of labels and lengths are checked. None: where this needs no synchronisation with
+            the device, so always on the CPU. Unchecked, an utterance at fault has a NaN loss and gradient.
+
+    Returns:
+        float64 for float64 ``acts``, else float32. A NaN or +inf among an utterance's logits makes its cost NaN.
+        Logits of -inf are masks; labels that no alignment can spell cost +inf and give no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    fastemit_lambda = reduction_and_fastemit(reduction, fastemit_lambda)
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(METHODS)))}; got {method!r}.")
+    given = problem(acts, labels, act_lens, label_lens, blank, check)
+    costs = METHODS["wavefront" if method == "auto" else method](
+        given.logits,
+        given.labels,
+        given.frame_lengths,
+        given.label_lengths,
+        given.blank,
+        fastemit_lambda,
+        inplace=inplace,
+        threshold=threshold,
+    )
+    if given.invalid is not None:
+        costs = costs * torch.where(given.invalid, torch.nan, 1.0)
+    if reduction == "none":
+        return costs
+    total = costs.sum(0, keepdim=True)
+    return total / max(1, len(costs)) if reduction == "mean" else total
+
+
+class RNNTLoss(torch.nn.Module):
+    """`rnnt_loss` as a module; options beyond warp-transducer's are passed on to it by name."""
+
+    def __init__(self, blank: int = 0, fastemit_lambda: float = 0.001, reduction: str = "mean", **options):
+        super().__init__()
+        reduction_and_fastemit(reduction, fastemit_lambda)
+        self.blank = blank
+        self.fastemit_lambda = fastemit_lambda
+        self.reduction = reduction
+        self.options = options
+
+    def forward(self, acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor) -> Tensor:
+        return rnnt_loss(
+            acts, labels, act_lens, label_lens, self.blank, self.reduction, self.fastemit_lambda, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"blank={self.blank}, fastemit_lambda={self.fastemit_lambda}, reduction={self.reduction!r}{options}"

@@ -1,0 +1,59 @@
+"""The RNN-T loss by its definition, in loops: the slow truth that every fast form is compared with.
+
+    alpha(0, 0) = 0
+    alpha(t, u) = log( exp(alpha(t-1, u) + blank(t-1, u)) + exp(alpha(t, u-1) + label(t, u-1)) )
+    log P       = alpha(T-1, U) + blank(T-1, U)
+
+blank(t, u) and label(t, u) are log-probabilities of the blank and of label u+1 in cell (t, u).
+B utterances, T frames, U labels, V classes. Source: Graves 2012 (arXiv:1211.3711), section 2.4.
+"""
+
+import torch
+from torch import Tensor
+
+
+def costs(
+    logits: Tensor,
+    labels: Tensor,
+    frame_lengths: Tensor,
+    label_lengths: Tensor,
+    blank: int = 0,
+    fastemit_lambda: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """-log P of each utterance, differentiable by autograd. (B,) in ``dtype``
+
+    Args:
+        logits: (B, T, U+1, V); converted to ``dtype`` first.
+        labels: (B, U) integers; those beyond an utterance's length are not read.
+        frame_lengths: (B,) integers from 1 to T.
+        label_lengths: (B,) integers from 0 to U.
+        blank: class of the blank.
+        fastemit_lambda: weighs the gradient through label arcs by 1 + lambda; the value stays -log P.
+    """
+    lengths = zip(frame_lengths.tolist(), label_lengths.tolist(), strict=True)
+    results = [
+        _cost(logits[b, :T, : U + 1].to(dtype), labels[b, :U].tolist(), blank, fastemit_lambda)
+        for b, (T, U) in enumerate(lengths)
+    ]
+    return torch.stack(results) if results else logits.new_zeros(0, dtype=dtype) + logits.sum().to(dtype)
+
+
+def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float) -> Tensor:
+    T, U1, _ = logits.shape
+    scores = logits.log_softmax(-1)
+
+    def label_arc(t: int, u: int) -> Tensor:
+        arc = scores[t, u, labels[u]]
+        return arc + fastemit_lambda * (arc - arc.detach())  # adds nothing to the value, lambda times to the gradient
+
+    alpha: dict[tuple[int, int], Tensor] = {}
+    for t in range(T):
+        for u in range(U1):
+            arcs = []
+            if t > 0:
+                arcs.append(alpha[t - 1, u] + scores[t - 1, u, blank])
+            if u > 0:
+                arcs.append(alpha[t, u - 1] + label_arc(t, u - 1))
+            alpha[t, u] = torch.stack(arcs).logsumexp(0) if arcs else scores.new_zeros(())
+    return -(alpha[T - 1, U1 - 1] + scores[T - 1, U1 - 1, blank])
