@@ -55,6 +55,6 @@ def stack_right(rows: list[Tensor]) -> Tensor:
     for row in rows[1:]:
         dtype = torch.promote_types(dtype, row.dtype)
     stacked = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:], dtype=dtype)
-    for row, place in zip(rows, stacked, strict=True):
-        place[longest - row.shape[0] :] = row
+    for index, row in enumerate(rows):
+        stacked[index, longest - row.shape[0] :] = row
     return stacked
