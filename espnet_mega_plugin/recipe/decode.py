@@ -1,0 +1,125 @@
+"""Stage 12: decode every test set with every inference configuration, by ESPnet's command, in parallel.
+
+The utterances of each (configuration, set) are split into key files, one job each, and the jobs of all pairs share
+one pool. Afterwards `<exp>/<tag>/<set>/{text,token,token_int,score}` hold all utterances in the order of wav.scp.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from espnet_mega_plugin.recipe.jobs import Job, JobFailed, run_jobs
+from espnet_mega_plugin.recipe.kaldi_dir import read_table
+from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, bar
+from espnet_mega_plugin.recipe.stats import even_parts
+
+MERGED = ("text", "token", "token_int", "score")
+# What asr_transducer_inference says once an utterance, given --display_hypotheses
+UTTERANCE_DONE = re.compile(r"INFO: Final best hypothesis|WARNING: Utterance .*return empty results")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One test set under one configuration. folder: where its results go."""
+
+    folder: Path
+    wav_scp: Path
+    keys: Sequence[str]
+    jobs: Sequence[Job]
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.folder / "logdir" / f"output.{n}" for n in range(1, len(self.jobs) + 1)]
+
+
+def plan(command: Sequence[str], config: Path | None, wav_scp: Path, folder: Path, nj: int) -> Decoding:
+    """Write the key files of one decoding and say which jobs it has; what an earlier one left is removed."""
+    lines = wav_scp.read_text(encoding="utf-8").splitlines(keepends=True)
+    logdir = folder / "logdir"
+    shutil.rmtree(logdir, ignore_errors=True)
+    for name in MERGED:
+        (folder / name).unlink(missing_ok=True)
+    logdir.mkdir(parents=True)
+    jobs = []
+    for n, part in enumerate(even_parts(lines, min(nj, len(lines))), start=1):
+        keys = logdir / f"keys.{n}.scp"
+        keys.write_text("".join(part), encoding="utf-8")
+        arguments = [
+            *("--data_path_and_name_and_type", f"{wav_scp},speech,sound", "--key_file", str(keys)),
+            *("--output_dir", str(logdir / f"output.{n}")),
+            *(("--config", str(config)) if config else ()),
+        ]
+        jobs.append(Job([*command, *arguments], logdir / f"asr_inference.{n}.log"))
+    return Decoding(folder, wav_scp, [line.split(maxsplit=1)[0] for line in lines], jobs)
+
+
+def merge(decoding: Decoding) -> list[str]:
+    """Write the jobs' results as one table each, in the order of the keys; returns the utterances without a result.
+
+    A missing utterance gets a line without a value: the next ones must not move up beside its reference.
+    """
+    missing = []
+    for name in MERGED:
+        found: dict[str, str] = {}
+        for output in decoding.outputs:
+            table = output / "1best_recog" / name
+            found |= read_table(table, empty_values=True) if table.exists() else {}
+        lines = [f"{key} {found.get(key, '')}".rstrip() + "\n" for key in decoding.keys]
+        (decoding.folder / name).write_text("".join(lines), encoding="utf-8")
+        missing = missing or [key for key in decoding.keys if key not in found]
+    return missing
+
+
+def show_progress(decodings: Sequence[Decoding]):
+    """A function that shows how many utterances all jobs have done."""
+    total = sum(len(decoding.keys) for decoding in decodings)
+    followers = [LogFollower(job.log) for decoding in decodings for job in decoding.jobs]
+    status, done = StatusLine(), 0
+
+    def show() -> None:
+        nonlocal done
+        for follower in followers:
+            done += sum(bool(UTTERANCE_DONE.search(line)) for line in follower.new_lines())
+        status.show(f"decoding {bar(done, total)}")
+
+    return show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--asr_exp", type=Path, required=True)
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder of the formatted sets, such as dump/raw")
+    parser.add_argument("--test_sets", required=True, help="separated by blanks")
+    parser.add_argument("--configs", required=True, help="inference YAMLs, separated by blanks; 'none' for none")
+    parser.add_argument("--tags", required=True, help="folder of each configuration's results below asr_exp")
+    parser.add_argument("--nj", type=int, default=1, help="parallel processes")
+    parser.add_argument("--worker", default="", help="command of recipe/worker.py: import ESPnet once a process")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's inference command")
+    args = parser.parse_args()
+    command = [*args.command[1:], "--display_hypotheses", "true"]
+    decodings = []
+    for config, tag in zip(args.configs.split(), args.tags.split(), strict=True):
+        for name in args.test_sets.split():
+            path = None if config == "none" else Path(config)
+            scp = args.data_dir / name / "wav.scp"
+            decodings.append(plan(command, path, scp, args.asr_exp / tag / name, args.nj))
+            print(f"+ {shlex.join(decodings[-1].jobs[0].command)}  # job 1 of {len(decodings[-1].jobs)}")
+    jobs = [job for decoding in decodings for job in decoding.jobs]
+    try:
+        run_jobs(jobs, args.nj, shlex.split(args.worker), show_progress(decodings))
+    except JobFailed as error:
+        sys.exit(f"\ndecode: {error}")
+    print()
+    for decoding in decodings:
+        missing = merge(decoding)
+        lost = f", no result for {len(missing)}: {' '.join(missing[:5])}" if missing else ""
+        print(f"{decoding.folder}: {len(decoding.keys)} utterances{lost}")
+
+
+if __name__ == "__main__":
+    main()
