@@ -132,9 +132,9 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
                 return out, new_states
         label = torch.tensor([[self._last(label_sequence)]], device=self.device)
         out, memory = self.extend(label, self._memory(states))
-        new_states = self.select_state(self._documented(memory), 0)
-        self.score_cache.setdefault(key, []).append((states, signature, out[0], new_states))
-        return out[0], new_states
+        out, new_states = out[0], self.select_state(self._documented(memory), 0)
+        self.score_cache.setdefault(key, []).append((states, signature, out, new_states))
+        return out, new_states
 
     @torch.no_grad()
     def batch_score(self, hyps: Sequence[Any]) -> tuple[Tensor, Documented]:

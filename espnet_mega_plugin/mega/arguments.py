@@ -28,7 +28,9 @@ def check_arguments(arguments: dict) -> None:
     if arguments["truncation_length"] is not None:
         _integer("truncation_length", arguments["truncation_length"], "null or 1 and more", lambda v: v >= 1)
     vocab_size = arguments["vocab_size"]
-    _integer("embed_pad", arguments["embed_pad"], f"0 to vocab_size - 1 = {vocab_size - 1}", lambda v: 0 <= v < vocab_size)
+    _integer(
+        "embed_pad", arguments["embed_pad"], f"0 to vocab_size - 1 = {vocab_size - 1}", lambda v: 0 <= v < vocab_size
+    )
     if arguments["rel_pos_bias_type"] == "rotary" and arguments["qk_size"] % 2:
         raise ValueError(
             f"qk_size must be even with rel_pos_bias_type 'rotary' (channels are turned in pairs); "

@@ -200,7 +200,12 @@ class MegaNetwork(nn.Module):
         return Reach(hidden, distance.clamp(min=0), kept)
 
     def _check_labels(self, labels: Tensor) -> None:
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        if (
+            not isinstance(labels, Tensor)
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dtype == torch.bool
+        ):
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be a tensor of integers (B, L); got {kind}.")
         if labels.dim() != 2:

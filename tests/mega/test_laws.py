@@ -35,9 +35,7 @@ def rows(memory, index: list[int]):
         )
         for block in memory.blocks
     ]
-    return replace(
-        memory, blocks=blocks, padding=memory.padding[index], positions=[memory.positions[i] for i in index]
-    )
+    return replace(memory, blocks=blocks, padding=memory.padding[index], positions=[memory.positions[i] for i in index])
 
 
 @settings(max_examples=200)
