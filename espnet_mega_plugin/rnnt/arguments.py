@@ -54,15 +54,20 @@ def problem(
     return Problem(acts, labels.masked_fill(beyond | wrong, blank), frames, lengths, blank, invalid)
 
 
-def reduction_and_fastemit(reduction: str, fastemit_lambda: float) -> float:
-    """Refuse an unknown reduction and a lambda that is no finite number from 0 up; gives lambda as a float."""
+def options(reduction: str, fastemit_lambda: float, threshold: float | None = None) -> None:
+    """Refuse an unknown reduction, a lambda that is not finite or below 0, a threshold outside [0, 1)."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}.")
-    if isinstance(fastemit_lambda, bool) or not isinstance(fastemit_lambda, Real):
-        raise TypeError(f"fastemit_lambda must be a number; got {type(fastemit_lambda).__name__}.")
-    if not 0 <= fastemit_lambda < math.inf:
-        raise ValueError(f"fastemit_lambda must be a finite number from 0 up; got {fastemit_lambda}.")
-    return float(fastemit_lambda)
+    _number("fastemit_lambda", fastemit_lambda, "a finite number from 0 up", math.inf)
+    if threshold is not None:
+        _number("threshold", threshold, "None or a number from 0 to below 1", 1)
+
+
+def _number(name: str, value: float, wanted: str, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
+    if not 0 <= value < below:
+        raise ValueError(f"{name} must be {wanted}; got {value}.")
 
 
 def _shapes_and_types(acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int) -> int:

@@ -9,8 +9,7 @@ B utterances, T frames, U labels, V classes.
 import torch
 from torch import Tensor
 
-from espnet_mega_plugin.rnnt import reference, wavefront
-from espnet_mega_plugin.rnnt.arguments import problem, reduction_and_fastemit
+from espnet_mega_plugin.rnnt import arguments, reference, wavefront
 
 
 def _reference(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda, *, inplace, threshold):
@@ -31,8 +30,8 @@ def rnnt_loss(
     fastemit_lambda: float = 0.001,
     *,
     method: str = "auto",
-    inplace: bool | None = None,
-    threshold: float = 1e-9,
+    inplace: bool = True,
+    threshold: float | None = None,
     check: bool | None = None,
 ) -> Tensor:
     """-log P of the labels, summed over all alignments.
@@ -47,11 +46,11 @@ def rnnt_loss(
             An empty batch gives (0,), 0 and 0.
         fastemit_lambda: weight of FastEmit in the gradient, from 0 up.
         method: "wavefront" (fast), "reference" (loops, float64) or "auto", the fastest exact one for the device.
-        inplace: whether backward writes the gradient over ``acts`` (a second backward, or another operation's that
-            needs them, then raises). None: where they are neither a leaf nor a part of another tensor, are
-            contiguous, and are not under activation checkpointing.
-        threshold: cells whose posterior is at most this get a gradient of exactly 0. The default changes a float32
-            gradient by less than its rounding; 0 keeps all.
+        inplace: whether backward may write the gradient over ``acts``, which saves a tensor of their size. It does so
+            where they are contiguous, no leaf and no part of a larger tensor, and not under activation checkpointing
+            (`wavefront.may_overwrite`). A second backward, or another operation's that needs them, then raises.
+        threshold: cells whose posterior is at most this get a gradient of exactly 0. None: 1e-9, and 1e-18 for
+            float64, below the gradient's own rounding; 0 keeps all.
         check: whether the values of labels and lengths are checked. None: where this needs no synchronisation with
             the device, so always on the CPU. Unchecked, an utterance at fault has a NaN loss and gradient.
 
@@ -62,20 +61,15 @@ def rnnt_loss(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    fastemit_lambda = reduction_and_fastemit(reduction, fastemit_lambda)
+    arguments.options(reduction, fastemit_lambda, threshold)
     if method != "auto" and method not in METHODS:
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(METHODS)))}; got {method!r}.")
-    given = problem(acts, labels, act_lens, label_lens, blank, check)
-    costs = METHODS["wavefront" if method == "auto" else method](
-        given.logits,
-        given.labels,
-        given.frame_lengths,
-        given.label_lengths,
-        given.blank,
-        fastemit_lambda,
-        inplace=inplace,
-        threshold=threshold,
-    )
+    given = arguments.problem(acts, labels, act_lens, label_lens, blank, check)
+    if len(acts):
+        compute = METHODS["wavefront" if method == "auto" else method]
+        costs = compute(*given[:5], fastemit_lambda, inplace=inplace, threshold=threshold)
+    else:
+        costs = acts.sum((1, 2, 3)).to(wavefront.accumulator(acts.dtype))
     if given.invalid is not None:
         costs = costs * torch.where(given.invalid, torch.nan, 1.0)
     if reduction == "none":
@@ -89,7 +83,7 @@ class RNNTLoss(torch.nn.Module):
 
     def __init__(self, blank: int = 0, fastemit_lambda: float = 0.001, reduction: str = "mean", **options):
         super().__init__()
-        reduction_and_fastemit(reduction, fastemit_lambda)
+        arguments.options(reduction, fastemit_lambda)
         self.blank = blank
         self.fastemit_lambda = fastemit_lambda
         self.reduction = reduction

@@ -24,7 +24,7 @@ def costs(
     """-log P of each utterance, differentiable by autograd. (B,) in ``dtype``
 
     Args:
-        logits: (B, T, U+1, V); converted to ``dtype`` first.
+        logits: (B, T, U+1, V), B at least 1; converted to ``dtype`` first.
         labels: (B, U) integers; those beyond an utterance's length are not read.
         frame_lengths: (B,) integers from 1 to T.
         label_lengths: (B,) integers from 0 to U.
@@ -32,11 +32,12 @@ def costs(
         fastemit_lambda: weighs the gradient through label arcs by 1 + lambda; the value stays -log P.
     """
     lengths = zip(frame_lengths.tolist(), label_lengths.tolist(), strict=True)
-    results = [
-        _cost(logits[b, :T, : U + 1].to(dtype), labels[b, :U].tolist(), blank, fastemit_lambda)
-        for b, (T, U) in enumerate(lengths)
-    ]
-    return torch.stack(results) if results else logits.new_zeros(0, dtype=dtype) + logits.sum().to(dtype)
+    return torch.stack(
+        [
+            _cost(logits[b, :T, : U + 1].to(dtype), labels[b, :U].tolist(), blank, fastemit_lambda)
+            for b, (T, U) in enumerate(lengths)
+        ]
+    )
 
 
 def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float) -> Tensor:
