@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from scipy.signal import resample_poly
 
 from espnet_mega_plugin.recipe.kaldi_dir import DataDir, read_table
 
@@ -38,12 +37,13 @@ def recordings(directory: Path) -> tuple[list[Recording], DataDir]:
     text = read_table(directory / "text", empty_values=True)
     speaker = read_table(directory / "utt2spk")
     if (directory / "segments").exists():
-        spans = {utt: _segment(directory, utt, line, sources) for utt, line in read_table(directory / "segments").items()}
+        segments = read_table(directory / "segments")
+        spans = {utt: _segment(directory, utt, line, sources) for utt, line in segments.items()}
     else:
         spans = {utt: (utt, None) for utt in sources}
     for name, table in (("text", text), ("utt2spk", speaker)):
         if odd := sorted(table.keys() ^ spans.keys()):
-            raise ValueError(f"{directory}: {name} and the audio tables differ in {len(odd)} utterances, e.g. {odd[0]!r}")
+            raise ValueError(f"{directory}: {name} and the audio differ in {len(odd)} utterances, e.g. {odd[0]!r}")
     cut: dict[str, dict] = {}
     for utt, (name, span) in spans.items():
         cut.setdefault(name, {})[utt] = span
@@ -118,6 +118,8 @@ def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 def stretched(samples: np.ndarray, ratio: Fraction) -> np.ndarray:
     """`ratio` times as many samples for the same curve, without aliasing."""
+    from scipy.signal import resample_poly  # takes a second, and most corpora need no resampling
+
     return resample_poly(samples, ratio.numerator, ratio.denominator)
 
 

@@ -9,13 +9,14 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from espnet_mega_plugin.recipe.jobs import Job, JobFailed, run_jobs
 from espnet_mega_plugin.recipe.kaldi_dir import read_table
-from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, bar
+from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, bar, clock
 from espnet_mega_plugin.recipe.stats import even_parts
 
 MERGED = ("text", "token", "token_int", "score")
@@ -75,19 +76,23 @@ def merge(decoding: Decoding) -> list[str]:
     return missing
 
 
-def show_progress(decodings: Sequence[Decoding]):
-    """A function that shows how many utterances all jobs have done."""
-    total = sum(len(decoding.keys) for decoding in decodings)
-    followers = [LogFollower(job.log) for decoding in decodings for job in decoding.jobs]
-    status, done = StatusLine(), 0
+class Progress:
+    """Shows how many utterances all jobs together have done, by what their logs say."""
 
-    def show() -> None:
-        nonlocal done
-        for follower in followers:
-            done += sum(bool(UTTERANCE_DONE.search(line)) for line in follower.new_lines())
-        status.show(f"decoding {bar(done, total)}")
+    def __init__(self, decodings: Sequence[Decoding]):
+        self._total = sum(len(decoding.keys) for decoding in decodings)
+        self._followers = [LogFollower(job.log) for decoding in decodings for job in decoding.jobs]
+        self._status, self._done, self._began = StatusLine(), 0, time.monotonic()
 
-    return show
+    def show(self) -> None:
+        for follower in self._followers:
+            self._done += sum(bool(UTTERANCE_DONE.search(line)) for line in follower.new_lines())
+        seconds = time.monotonic() - self._began
+        eta = f", ETA {clock(seconds * (self._total - self._done) / self._done)}" if self._done else ""
+        self._status.show(f"decoding {bar(self._done, self._total)}{eta}")
+
+    def finish(self) -> None:
+        self._status.keep(f"decoding took {clock(time.monotonic() - self._began)}")
 
 
 def main() -> None:
@@ -111,10 +116,11 @@ def main() -> None:
             print(f"+ {shlex.join(decodings[-1].jobs[0].command)}  # job 1 of {len(decodings[-1].jobs)}")
     jobs = [job for decoding in decodings for job in decoding.jobs]
     try:
-        run_jobs(jobs, args.nj, shlex.split(args.worker), show_progress(decodings))
+        progress = Progress(decodings)
+        run_jobs(jobs, args.nj, shlex.split(args.worker), progress.show)
     except JobFailed as error:
         sys.exit(f"\ndecode: {error}")
-    print()
+    progress.finish()
     for decoding in decodings:
         missing = merge(decoding)
         lost = f", no result for {len(missing)}: {' '.join(missing[:5])}" if missing else ""

@@ -39,7 +39,8 @@ def filter_directory(source: Path, target: Path, rate: int, shortest: float, lon
     for name in ("feats_type", "audio_format"):
         target.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-    write_data_dir(target, DataDir(*({utt: table[utt] for utt in kept} for table in (data.wav, data.text, data.speaker))))
+    tables = ({utt: table[utt] for utt in kept} for table in (data.wav, data.text, data.speaker))
+    write_data_dir(target, DataDir(*tables))
     return left_out
 
 

@@ -18,7 +18,7 @@ SUM = re.compile(r"^\| Sum/Avg +\|(.*)\|(.*)\|$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Row:
-    """Error rates of one decoded set. decoding: folder of the configuration. figures: as in the header, after dataset."""
+    """Error rates of one decoded set. decoding: folder of the configuration. figures: columns Snt to S.Err."""
 
     kind: str
     decoding: str

@@ -108,7 +108,7 @@ def score(
         ValueError: a hypothesis has no reference.
     """
     if strangers := sorted(hypotheses.keys() - references.keys()):
-        raise ValueError(f"{len(strangers)} hypotheses have no reference, e.g. {strangers[0]!r}; decode anew (stage 12)")
+        raise ValueError(f"{len(strangers)} hypotheses have no reference, such as {strangers[0]!r}; run stage 12 anew")
 
     def prepared(text: str) -> list[str]:
         return [token if case_sensitive else token.lower() for token in split(text)]
@@ -137,12 +137,10 @@ def result_table(alignments: Mapping[str, Alignment], speakers: Mapping[str, str
 def _alignment_lines(utterance: str, alignment: Alignment) -> list[str]:
     c = alignment.counts
     columns = [max(map(len, pair)) for pair in alignment.pairs]
-    rows = zip(("REF: ", "HYP: ", "Eval:"), zip(*alignment.pairs, strict=True), strict=True)
-    return [
-        f"id: {utterance}",
-        f"Scores: (#C #S #D #I) {c.correct} {c.substitutions} {c.deletions} {c.insertions}",
-        *(f"{name} {' '.join(u.ljust(n) for u, n in zip(units, columns, strict=True))}".rstrip() for name, units in rows),
-    ]
+    lines = [f"id: {utterance}", f"Scores: (#C #S #D #I) {c.correct} {c.substitutions} {c.deletions} {c.insertions}"]
+    for name, units in zip(("REF: ", "HYP: ", "Eval:"), zip(*alignment.pairs, strict=True), strict=True):
+        lines.append(" ".join([name, *(unit.ljust(n) for unit, n in zip(units, columns, strict=True))]).rstrip())
+    return lines
 
 
 def splitters(token_type: str, bpemodel: Path | None) -> dict[str, Splitter]:

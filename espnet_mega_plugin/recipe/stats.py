@@ -1,4 +1,4 @@
-"""Stage 10: what surrounds ESPnet's collection of statistics: key files for its jobs, shapes with the vocabulary size."""
+"""Stage 10, around ESPnet's collection of statistics: key files for its jobs, shapes with the vocabulary size."""
 
 import argparse
 import sys

@@ -24,6 +24,7 @@ MAY_CHANGE = {
 
 STARTED = re.compile(r"INFO: (\d+)/(\d+)epoch started")
 BATCHES = re.compile(r"INFO: (\d+)epoch:train:\d+-(\d+)batch: .*?\bloss=([^,]+)")
+NOTHING_LEFT = "The training has already reached at max_epoch"
 RESULTS = re.compile(r"INFO: (\d+)epoch results: \[train\] (.*), \[valid\] (.*)")
 LOSS = re.compile(r"(?:^|, )loss=([^,]+)")
 
@@ -55,6 +56,8 @@ class Watcher:
                 f"epoch {int(epoch):>3}/{self._last}   train loss {_loss(train):>8}   valid loss {_loss(valid):>8}"
                 f"   {seconds:5.1f} s   ETA {clock(left)}"
             )
+        elif NOTHING_LEFT in line:
+            self._status.keep("the last epoch was trained already")
 
 
 def _loss(report: str) -> str:

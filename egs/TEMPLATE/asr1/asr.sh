@@ -19,7 +19,7 @@ num_nodes=1                 # Machines for training; only 1 here, use ESPnet's o
 nj=0                        # Parallel jobs of stages 2, 3 and 10; 0: one a CPU core.
 inference_nj=0              # Parallel jobs of stage 12; 0: one a CPU core.
 gpu_inference=false         # Decode on a GPU.
-train_threads=0             # CPU threads of the training process; 0: one a CPU core.
+train_threads=0             # CPU threads of training; 0: what OMP_NUM_THREADS says, else one a CPU core.
 dumpdir=dump                # Folder for formatted audio.
 expdir=exp                  # Folder for experiments.
 python="python3 -m espnet_mega_plugin.run"  # Command that starts ESPnet's modules.
@@ -67,12 +67,20 @@ decode_in_one_process=true  # Keep ESPnet loaded between decoding jobs; false: a
 score_opts=""               # Scoring: -s makes letters of different case differ.
 # options end
 
+# In braces: bash reads all of it before it starts, so editing this file does not disturb a run
+{
+
 log() { echo "$(date '+%H:%M:%S') ${*}"; }
 die() { echo "asr.sh: ${*}" >&2; exit 2; }
 
 # Show a command, then run it
 run() {
-    printf '+'; printf ' %q' "$@"; printf '\n'
+    local word line="+"
+    for word in "$@"; do
+        [[ ${word} =~ ^[[:alnum:]_./:,=+%-]+$ ]] || word=${word@Q}
+        line+=" ${word}"
+    done
+    echo "${line}"
     "$@"
 }
 # recipe NAME ...: one of the package's recipe modules
@@ -82,6 +90,7 @@ recipe() { run python3 -m "espnet_mega_plugin.recipe.$1" "${@:2}"; }
 need() { [ -e "$1" ] || die "$1 is missing: run stage $2 first (--stage $2)"; }
 
 [ -f path.sh ] || die "path.sh is missing in ${PWD}: run.sh must change into its recipe before it calls this"
+_threads=${OMP_NUM_THREADS:-}
 . ./path.sh
 python3 -c 'import espnet_mega_plugin' 2>/dev/null \
     || die "$(command -v python3 || echo python3) cannot import espnet_mega_plugin: install it with 'pip install -e .' in the repository"
@@ -103,12 +112,11 @@ case "${token_type}" in bpe|char|word) ;; *) die "--token_type ${token_type}: ex
 case "${feats_normalize}" in global_mvn|utterance_mvn|none) ;;
     *) die "--feats_normalize ${feats_normalize}: expected global_mvn, utterance_mvn or none" ;; esac
 case "${score_opts}" in ""|-s) ;; *) die "--score_opts ${score_opts}: only -s is known" ;; esac
-[ "${ngpu}" -le 1 ] || [ "${train_threads}" -eq 0 ] || die "--train_threads is for training on the CPU"
 
 cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 [ "${nj}" -gt 0 ] || nj=${cores}
 [ "${inference_nj}" -gt 0 ] || inference_nj=${cores}
-[ "${train_threads}" -gt 0 ] || train_threads=${cores}
+[ "${train_threads}" -gt 0 ] || train_threads=${_threads:-${cores}}
 
 stem() { local name=${1##*/}; echo "${name%.*}"; }
 # "--beam_size 10" -> "_beam_size10", for folder names, as ESPnet does
@@ -343,3 +351,5 @@ fi
 for _n in 14 15; do
     [ "${stage}" -ne "${_n}" ] || log "Stage ${_n} is kept free for packing and upload, nothing to do"
 done
+exit 0
+}
