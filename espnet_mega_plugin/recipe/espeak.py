@@ -38,7 +38,7 @@ def speak(text: str, voice: str, *, rate: int = 175, pitch: int = 50, seed: int 
         voice: a language of espeak-ng with an optional variant: "en-us", "en+f2" ("en" is British English).
         rate: words per minute, 80 to 450.
         pitch: 0 to 99, around the voice's own.
-        seed: of the noise in breathy and unvoiced sounds.
+        seed: of the noise in breathy voices; the others are not random.
 
     Returns:
         samples: (L,) int16, mono.

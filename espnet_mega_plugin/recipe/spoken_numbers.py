@@ -57,8 +57,15 @@ VERSION = 1  # of the corpus; raise it when sentences or samples change
 # What a {name} may stand for. Repeating an alternative makes it more frequent: words that occur in one kind of sentence
 # only, such as the months, need many of that kind.
 GRAMMAR = {
-    "sentence": ["{digits}"] * 2 + ["{call}"] + ["{date}"] * 6 + ["{money}"] * 3 + ["{quantity}"] * 2
-    + ["{time}"] * 3 + ["{command}"] * 4,
+    "sentence": (
+        2 * "{digits} "
+        + "{call} "
+        + 6 * "{date} "
+        + 3 * "{money} "
+        + 2 * "{quantity} "
+        + 3 * "{time} "
+        + 4 * "{command} "
+    ).split(),
     "digits": [" ".join(["{digit}"] * length) for length in range(4, 9)],
     "call": ["CALL {digits}", "CALL {digits} PLEASE"],
     "date": ["{weekday} {day}", "ON {weekday} {day}", "{weekday} {day} AT {hour}"],
@@ -143,11 +150,11 @@ def plan(sizes: dict[str, int] | None = None, seed: int = 0) -> dict[str, list[U
         raise ValueError(f"every set of {', '.join(SIZES)} needs at least one utterance, got {sizes}")
     used: set[str] = set()
     corpus = {}
-    for name, size in sizes.items():
+    for name in SIZES:  # in this order, whatever the order of the argument
         source = Sentences(f"{seed}/{name}")
         voices = list((UNSEEN_VOICES if name == "test_unseen" else VOICES).items())
         utterances = []
-        for number, text in enumerate(_new_sentences(source, used, size)):
+        for number, text in enumerate(_new_sentences(source, used, sizes[name])):
             # Voices take turns over blocks of all voices; a shuffle inside keeps them apart from the deck of kinds.
             if number % len(voices) == 0:
                 turns = random.Random(f"{seed}/{name}/voices/{number}").sample(voices, len(voices))
@@ -212,7 +219,8 @@ def make(out: str | Path, *, sizes: dict[str, int] | None = None, seed: int = 0,
     Args:
         out: folder to write to; nothing is written elsewhere.
         sizes, seed: as for `plan`.
-        nj: processes to synthesise with.
+        nj: processes to synthesise with. Above 1 they start anew, so a script that calls this must be importable
+            (`if __name__ == "__main__":`).
 
     Returns:
         False where the corpus was there already, complete and made with the same settings; True where it was made.
@@ -314,7 +322,7 @@ def _write(task: tuple[Utterance, Path]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog=f"python -m {__spec__.name if __spec__ else __name__}",
+        prog="python -m espnet_mega_plugin.recipe.spoken_numbers",
         description="Synthesise the corpus spoken_numbers with espeak-ng.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -324,7 +332,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, size in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=size, help="utterances")
     args = parser.parse_args(argv)
-    made = make(args.out, sizes={name: getattr(args, name) for name in SIZES}, seed=args.seed, nj=args.nj)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    try:
+        made = make(args.out, sizes=sizes, seed=args.seed, nj=args.nj)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        parser.exit(1, f"error: {error}\n")
     print(f"spoken_numbers {'made' if made else 'is there already, complete'}: {args.out.resolve()}")
     for name in SIZES:
         data = validate(args.out / name)
