@@ -46,7 +46,9 @@ def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float)
 
     def label_arc(t: int, u: int) -> Tensor:
         arc = scores[t, u, labels[u]]
-        return arc + fastemit_lambda * (arc - arc.detach())  # adds nothing to the value, lambda times to the gradient
+        if arc == -torch.inf:
+            return arc
+        return arc + fastemit_lambda * (arc - arc.detach())  # nothing to the value, lambda times to the gradient
 
     alpha: dict[tuple[int, int], Tensor] = {}
     for t in range(T):

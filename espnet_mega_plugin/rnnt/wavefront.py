@@ -245,20 +245,23 @@ def _tiles_within(logits: Tensor, frame_lengths: list[int], label_lengths: list[
 
 
 def _tiles_of_bands(logits: Tensor, kept: Tensor) -> Iterator[Tile]:
-    """Tiles that hold every frame once and every kept row; frames join a tile as long as it stays small."""
+    """Tiles that hold every frame once and every kept row; frames join as long as the tile stays small.
+
+    Frames without a kept row, which may be padding, join only one another: their rows are none.
+    """
     B, T, U1, V = logits.shape
     most = max(1, CPU_TILE_BYTES // (V * accumulator(logits.dtype).itemsize))
     u = torch.arange(U1)
     first = torch.where(kept, u, U1).amin(2).tolist()
     stop = torch.where(kept, u + 1, 0).amax(2).tolist()
     for b in range(B):
-        start, low, high = 0, U1, 0
-        for t in range(T):
-            wider = min(low, first[b][t]), max(high, stop[b][t])
-            if t > start and (wider[1] - wider[0]) * (t + 1 - start) > most:
+        start, low, high = 0, first[b][0], stop[b][0]
+        for t in range(1, T):
+            wide, tall = min(low, first[b][t]), max(high, stop[b][t])
+            if (tall - wide) * (t + 1 - start) > most or (stop[b][t] == 0) != (high == 0):
                 yield slice(b, b + 1), slice(start, t), slice(low, max(low, high))
-                start, wider = t, (first[b][t], stop[b][t])
-            low, high = wider
+                start, wide, tall = t, first[b][t], stop[b][t]
+            low, high = wide, tall
         yield slice(b, b + 1), slice(start, T), slice(low, max(low, high))
 
 
