@@ -300,6 +300,8 @@ def _record(out: Path, corpus: dict[str, list[Utterance]], nj: int) -> None:
     missing = [task for task in tasks if not task[1].is_file()]
     for name in corpus:
         (out / name / "wav").mkdir(parents=True, exist_ok=True)
+        for leftover in (out / name / "wav").glob(".*"):  # half a file of a run that was killed
+            leftover.unlink()
     progress = partial(tqdm, total=len(missing), desc="synthesis", unit="utt", mininterval=1)
     if nj == 1:
         for task in progress(missing):

@@ -167,6 +167,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(copy, corpus):
     lost = kept.pop()
     lost.unlink()
     (copy / "train" / "wav.scp").unlink()  # tables are written last
+    (copy / "train" / "wav" / f".{lost.name}.123").write_bytes(b"RIFF")  # it was killed while writing
     before = [path.stat().st_mtime_ns for path in kept]
     assert make(copy, sizes=SMALL, seed=5, nj=1)
     assert [path.stat().st_mtime_ns for path in kept] == before and files(copy) == files(corpus)
