@@ -37,7 +37,7 @@ def problem(
     blank = _shapes_and_types(acts, labels, act_lens, label_lens, blank)
     B, T, U1, V = acts.shape
     if check is None:
-        check = acts.device.type == "cpu" or all(x.device.type == "cpu" for x in (labels, act_lens, label_lens))
+        check = _values_are_free(acts, labels, act_lens, label_lens)
     if check:
         # once on the CPU: a device is synchronised once for each tensor, not once for each question
         _lengths(act_lens.cpu().long(), label_lens.cpu().long(), T, U1)
@@ -68,6 +68,11 @@ def _number(name: str, value: float, wanted: str, below: float) -> None:
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
     if not 0 <= value < below:
         raise ValueError(f"{name} must be {wanted}; got {value}.")
+
+
+def _values_are_free(acts: Tensor, *integers: Tensor) -> bool:
+    """Whether reading the integers waits for no device that would otherwise work on."""
+    return acts.device.type == "cpu" or all(x.device.type == "cpu" for x in integers)
 
 
 def _shapes_and_types(acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int) -> int:
