@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from espnet_mega_plugin.recipe.jobs import Job, JobFailed, run_jobs
+from espnet_mega_plugin.recipe.jobs import Job, JobFailed, leave_on_signals, run_jobs
 from espnet_mega_plugin.recipe.kaldi_dir import read_table
 from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, bar, clock
 from espnet_mega_plugin.recipe.stats import even_parts
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--worker", default="", help="command of recipe/worker.py: import ESPnet once a process")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's inference command")
     args = parser.parse_args()
+    leave_on_signals()
     command = [*args.command[1:], "--display_hypotheses", "true"]
     decodings = []
     for config, tag in zip(args.configs.split(), args.tags.split(), strict=True):

@@ -9,6 +9,7 @@ import argparse
 import json
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -128,6 +129,12 @@ def log_tail(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
 
 
+def leave_on_signals() -> None:
+    """Let an interrupt or a termination end this process by SystemExit, so that it stops its children on the way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+
+
 def numbered(text: str, job: int) -> str:
     return text.replace("JOB", str(job))
 
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--log", required=True, help="log file, with JOB where there are several")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- command")
     args = parser.parse_args()
+    leave_on_signals()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     jobs = [
         Job([numbered(word, job) for word in command], Path(numbered(args.log, job))) for job in range(1, args.jobs + 1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from espnet_mega_plugin.recipe.jobs import log_tail
+from espnet_mega_plugin.recipe.jobs import leave_on_signals, log_tail
 from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, clock
 
 # What may change between the start of a training and its resumption: how long it goes on and how it is watched
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--token_list", type=Path, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's training command")
     args = parser.parse_args()
+    leave_on_signals()
     try:
         check_same_model(args.asr_config, args.token_list, args.asr_exp)
     except (OSError, ValueError) as error:

@@ -214,7 +214,7 @@ if begin 3 "format: data -> ${data_feats}"; then
         _stage=1; [ "${_set}" = "${original_train_set}" ] || [ "${_set}" != "${train_set}" ] || _stage=2
         need "data/${_set}/wav.scp" "${_stage}"
     done
-    for _set in ${train_set} ${valid_set} ${test_sets}; do
+    for _set in $(printf '%s\n' ${train_set} ${valid_set} ${test_sets} | awk '!seen[$0]++'); do
         _org=""; { [ "${_set}" != "${train_set}" ] && [ "${_set}" != "${valid_set}" ]; } || _org=/org
         recipe format_wav --nj "${nj}" --fs "${fs}" --audio_format "${audio_format}" \
             "data/${_set}" "${data_feats}${_org}/${_set}"
@@ -242,9 +242,10 @@ if begin 5 "tokens: ${token_list}"; then
         # shellcheck disable=SC2086
         recipe jobs --log "$(dirname "${token_list}")/tokenize_text.log" -- \
             ${python} -m espnet2.bin.tokenize_text --token_type "${token_type}" \
-            --input "${data_feats}/${train_set}/text" --output "${token_list}" --field 2- \
+            --input "${data_feats}/${train_set}/text" --output "${token_list}.new" --field 2- \
             --non_linguistic_symbols "${nlsyms_txt}" --cleaner "${cleaner}" --g2p none --write_vocabulary true \
             --add_symbol "<blank>:0" --add_symbol "<unk>:1" --add_symbol "<sos/eos>:-1"
+        run mv "${token_list}.new" "${token_list}"
     fi
     end 5
 fi
@@ -267,6 +268,7 @@ if begin 10 "statistics: ${asr_stats_dir}"; then
     done
     need "${token_list}" 5
     [ -z "${asr_config}" ] || [ -f "${asr_config}" ] || die "--asr_config ${asr_config}: no such file in ${PWD}"
+    rm -f "${asr_stats_dir}/train/text_shape.${token_type}"  # written last: stage 11 takes it for a finished stage 10
     _logdir=${asr_stats_dir}/logdir
     _jobs=$(python3 -m espnet_mega_plugin.recipe.stats split --nj "${nj}" --logdir "${_logdir}" \
         --train "${data_feats}/${train_set}/wav.scp" --valid "${data_feats}/${valid_set}/wav.scp")
