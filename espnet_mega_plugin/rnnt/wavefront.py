@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from espnet_mega_plugin.rnnt.lattice import shares
 
-# On the CPU a tile is written and read several times over and has to stay in a core's cache.
+# On the CPU a tile is written and read several times over; each thread's share of it has to stay in a core's cache.
 CPU_TILE_BYTES = 1 << 20
 # On other devices a tile has to fill the device, and what is made of it has to stay small beside the logits.
 DEVICE_TILE_BYTES = 1 << 26
@@ -180,7 +180,7 @@ def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_len
     unsuited = ~((sums > 1e-25) & (sums < 1e30))
     lse = sums.double().log2_().sub_(shift).div_(LOG2E[near.dtype])
     if unsuited.any():
-        for cells in unsuited.nonzero().split(max(1, CPU_TILE_BYTES // (logits.shape[3] * near.itemsize))):
+        for cells in unsuited.nonzero().split(_rows_of_a_tile(logits)):
             cells = cells.unbind(1)
             lse[cells] = _shifted_logsumexp(logits[cells].to(near.dtype))
     return lse
@@ -233,9 +233,14 @@ def _exp_without_subnormals(grad: Tensor, logits: Tensor, shift: Tensor) -> None
         grad.copy_(values)
 
 
+def _rows_of_a_tile(logits: Tensor) -> int:
+    size = logits.shape[3] * accumulator(logits.dtype).itemsize
+    return max(1, CPU_TILE_BYTES * torch.get_num_threads() // size)
+
+
 def _tiles_within(logits: Tensor, frame_lengths: list[int], label_lengths: list[int]) -> Iterator[Tile]:
     """Tiles that hold every row within the lengths and none outside."""
-    most = max(1, CPU_TILE_BYTES // (logits.shape[3] * accumulator(logits.dtype).itemsize))
+    most = _rows_of_a_tile(logits)
     for b, (T, U) in enumerate(zip(frame_lengths, label_lengths, strict=True)):
         rows = min(U + 1, most)
         frames = most // rows
@@ -249,8 +254,8 @@ def _tiles_of_bands(logits: Tensor, kept: Tensor) -> Iterator[Tile]:
 
     Frames without a kept row, which may be padding, join only one another: their rows are none.
     """
-    B, T, U1, V = logits.shape
-    most = max(1, CPU_TILE_BYTES // (V * accumulator(logits.dtype).itemsize))
+    B, T, U1, _ = logits.shape
+    most = _rows_of_a_tile(logits)
     u = torch.arange(U1)
     first = torch.where(kept, u, U1).amin(2).tolist()
     stop = torch.where(kept, u + 1, 0).amax(2).tolist()
