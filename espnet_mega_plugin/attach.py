@@ -79,15 +79,15 @@ def attach() -> None:
     if is_off():
         return
     with _lock:  # no import may happen under it: another thread may hold that module's lock and wait for this one
-        _on_meta_path(_ClassChoicesFinder, first=True)
+        _on_meta_path(_ClassChoicesFinder, 0)
+        _on_meta_path(_ForcedLossFinder, 0)
+        _on_meta_path(_LossFinder)
         if CLASS_CHOICES in sys.modules:
             _wrap(sys.modules[CLASS_CHOICES].ClassChoices)
     for task in filter(None, map(sys.modules.get, TASKS)):
         if hasattr(task, "decoder_choices"):  # a task in the middle of its import fills its choice through the wrap
             _fill(task.decoder_choices)
-    forced = loss_is_forced()
-    with _lock:
-        _on_meta_path(_LossFinder, first=forced)
+    loss_is_forced()  # only its check; import asks again
 
 
 def register() -> None:
@@ -209,13 +209,10 @@ def _announce(decoder: str = "") -> None:
 # --- import hooks ----------------------------------------------------------------------------------------------------
 
 
-def _on_meta_path(kind: type, first: bool) -> None:
-    """Puts one finder of this kind on sys.meta_path: last, or first (also where it stands elsewhere already)."""
-    finder = next((finder for finder in sys.meta_path if type(finder) is kind), None)
-    if finder is None:
-        sys.meta_path.insert(0 if first else len(sys.meta_path), kind())
-    elif first and sys.meta_path[0] is not finder:
-        sys.meta_path[:] = [finder, *(other for other in sys.meta_path if other is not finder)]
+def _on_meta_path(kind: type, place: int | None = None) -> None:
+    """Puts a finder of this kind on sys.meta_path, at the end unless a place is named; one is enough."""
+    if not any(type(finder) is kind for finder in sys.meta_path):
+        sys.meta_path.insert(len(sys.meta_path) if place is None else place, kind())
 
 
 class _ClassChoicesFinder(threading.local):
@@ -242,16 +239,20 @@ def _wrap_after_execution(loader) -> None:
     execute = loader.exec_module
 
     def exec_module(module):
-        vars(loader).pop("exec_module", None)
         execute(module)
-        if module.__name__ == CLASS_CHOICES:  # a loader of a zip archive serves other modules as well
+        if module.__name__ != CLASS_CHOICES:
+            return  # a loader of a zip archive serves other modules as well
+        vars(loader).pop("exec_module", None)
+        try:
             _wrap(module.ClassChoices)
+        except Exception as error:  # ESPnet's import must not fail by it
+            _log.warning("espnet_mega_plugin is not attached, `decoder: mega` is ESPnet's: %r", error)
 
     loader.exec_module = exec_module
 
 
 class _LossFinder:
-    """Answers `import warprnnt_pytorch`. Last on sys.meta_path a real installation wins, first the plugin's does."""
+    """Answers `import warprnnt_pytorch`; it stands last on sys.meta_path, so a real installation wins."""
 
     def find_spec(self, name, path=None, target=None):
         return importlib.machinery.ModuleSpec(name, self, origin=PLUGIN_LOSS) if name == WARPRNNT else None
@@ -264,6 +265,13 @@ class _LossFinder:
         module.__doc__ = ours.__doc__
         module.RNNTLoss, module.rnnt_loss = ours.RNNTLoss, ours.rnnt_loss
         _announce()
+
+
+class _ForcedLossFinder(_LossFinder):
+    """Stands first, and answers where ESPNET_MEGA_PLUGIN_LOSS=plugin."""
+
+    def find_spec(self, name, path=None, target=None):
+        return super().find_spec(name) if name == WARPRNNT and loss_is_forced() else None
 
 
 def _what_to_install(error: ModuleNotFoundError) -> str:

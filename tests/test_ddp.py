@@ -1,0 +1,113 @@
+"""Two spawned processes train ESPnet's task by ESPnet's own worker: the plugin's class, and one process's step."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+LEARNING_RATE = 0.5
+CONFIG = {
+    "token_list": ["<blank>", "a", "b", "c", "<sos/eos>"],
+    "input_size": 16,
+    "use_preprocessor": False,
+    "normalize": None,
+    "encoder_conf": {
+        "input_conf": {"subsampling_factor": 4, "conv_size": 8},
+        "body_conf": [
+            # not conformer: its batch normalisation makes a step depend on how the batch is dealt out
+            {"block_type": "branchformer", "hidden_size": 8, "linear_size": 16, "heads": 2, "conv_mod_kernel_size": 3}
+        ],
+    },
+    "decoder": "mega",
+    "decoder_conf": {"block_size": 8, "linear_size": 16, "qk_size": 4, "v_size": 8, "num_heads": 2, "num_blocks": 2},
+    "joint_network_conf": {"joint_space_size": 8},
+    "batch_type": "unsorted",
+    "batch_size": 4,
+    "valid_batch_size": 4,
+    "num_workers": 0,
+    "max_epoch": 1,
+    "optim": "sgd",
+    "optim_conf": {"lr": LEARNING_RATE},
+    "grad_clip": 1e9,
+    "use_tensorboard": False,
+    "use_matplotlib": False,
+    "best_model_criterion": [["valid", "loss", "min"]],
+    "keep_nbest_models": 1,
+    "dist_backend": "gloo",
+    "multiprocessing_distributed": False,
+}
+
+
+def write_data(folder: Path, seed: int) -> dict:
+    """Four utterances of equal length (no convolution sees padding) with one to four labels; as options for ESPnet."""
+    random = np.random.default_rng(seed)
+    with open(folder / "feats.scp", "w") as feats, open(folder / "text", "w") as text:
+        for number in range(1, 5):
+            np.save(folder / f"{number}.npy", random.standard_normal((60, 16)).astype(np.float32))
+            feats.write(f"utt{number} {folder / f'{number}.npy'}\n")
+            text.write(f"utt{number} {' '.join(map(str, random.integers(1, 4, size=number)))}\n")
+    files = [f"{folder / 'feats.scp'},speech,npy", f"{folder / 'text'},text,text_int"]
+    return {
+        **{f"{part}_data_path_and_name_and_type": [file.split(",") for file in files] for part in ("train", "valid")},
+        **{f"{part}_shape_file": [str(folder / "feats.scp")] for part in ("train", "valid")},
+    }
+
+
+def train(config: Path, rank: int, world: int, result: Path) -> None:
+    """One process of a training of one step; writes the decoder's class and all parameters before and after."""
+    from espnet2.tasks.asr_transducer import ASRTransducerTask
+    from espnet2.train.distributed_utils import resolve_distributed_mode
+
+    models = []
+
+    class Task(ASRTransducerTask):
+        @classmethod
+        def build_model(cls, args):
+            models.append(super().build_model(args))
+            models.append({name: value.detach().clone() for name, value in models[0].named_parameters()})
+            return models[0]
+
+    arguments = ["--config", str(config), "--ngpu", "0", "--output_dir", str(result.with_suffix(""))]
+    if world > 1:
+        arguments += ["--dist_world_size", str(world), "--dist_rank", str(rank)]
+        arguments += ["--dist_init_method", f"file://{config.with_suffix('.rendezvous')}"]
+    args = Task.get_parser().parse_args(arguments)
+    args.version = ""
+    resolve_distributed_mode(args)
+    assert args.distributed == (world > 1)
+    Task.main_worker(args)
+    model, before = models
+    after = {name: value.detach() for name, value in model.named_parameters()}
+    kind = f"{type(model.decoder).__module__}.{type(model.decoder).__qualname__}"
+    torch.save({"decoder": kind, "before": before, "after": after}, result)
+
+
+@pytest.mark.slow
+def test_a_step_in_two_spawned_processes_is_the_step_of_one(tmp_path, seed, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, **write_data(tmp_path, seed)}))
+    spawn = multiprocessing.get_context("spawn")
+    results = {"alone": tmp_path / "alone.pt", 0: tmp_path / "first.pt", 1: tmp_path / "second.pt"}
+    workers = [spawn.Process(target=train, args=(config, rank, 2, results[rank])) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    train(config, 0, 1, results["alone"])
+    for worker in workers:
+        worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+    alone, first, second = (torch.load(result) for result in results.values())
+    assert {run["decoder"] for run in (alone, first, second)} == {"espnet_mega_plugin.decoder.MEGADecoder"}
+    for run in (first, second):
+        torch.testing.assert_close(run["before"], alone["before"], rtol=0, atol=0)
+    torch.testing.assert_close(first["after"], second["after"], rtol=0, atol=0)
+    gradient, expected = (  # SGD without momentum: the step is the gradient times the rate
+        {name: (run["before"][name] - run["after"][name]) / LEARNING_RATE for name in run["before"]}
+        for run in (first, alone)
+    )
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert expected["decoder.embed.weight"].abs().max() > 1e-3

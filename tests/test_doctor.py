@@ -1,0 +1,76 @@
+"""The doctor tells what this installation would train and decode with; its exit status tells whether that is enough."""
+
+import json
+import platform
+from importlib.metadata import version
+
+import pytest
+import torch
+from fresh_python import LOSS, OURS, THEIRS, finish, python, start
+
+from espnet_mega_plugin import __main__, __version__, doctor
+
+
+def test_the_page_of_a_whole_installation(capsys):
+    assert __main__.main(["doctor"]) == 0
+    page = capsys.readouterr().out
+    rows = dict(line.strip().split(maxsplit=1) for line in page.splitlines() if line.startswith("  "))
+    assert rows["python"] == platform.python_version() and rows["espnet-mega-plugin"] == __version__
+    assert rows["espnet"] == version("espnet") and rows["jiwer"] == version("jiwer")
+    assert rows["torch"] == version("torch") and rows["torchaudio"] == version("torchaudio")
+    assert f"espnet2 mega        {OURS}\n" in page and f"espnet2 mega_espnet {THEIRS}\n" in page
+    assert ("espnet3 mega " in page) == (version("espnet") >= "202611")
+    assert rows["warprnnt_pytorch"].startswith((LOSS, "/"))
+    assert rows["GPU"].startswith("none") == (not torch.cuda.is_available())
+    assert page.endswith("\nNothing needed is missing.\n")
+
+
+@pytest.mark.slow
+def test_something_missing_is_an_error_with_the_command_that_mends_it(tmp_path):
+    """Status 1 for a package that does not load, a broken warprnnt_pytorch, and a plugin that nothing attaches."""
+    (tmp_path / "broken" / "warprnnt_pytorch").mkdir(parents=True)
+    (tmp_path / "broken" / "warprnnt_pytorch" / "__init__.py").write_text("raise ImportError('libwarprnnt.so')")
+    (tmp_path / "broken" / "editdistance.py").write_text("raise ImportError('no compiled part')")
+    command = ["-m", "espnet_mega_plugin", "doctor", "--json"]
+    broken = start(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path / "broken"), ESPNET_MEGA_PLUGIN_LOSS="auto")
+    detached = start(*command, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+
+    report = json.loads(finish(broken, status=1)[0])  # nothing else is on stdout
+    assert report["ok"] is False and report["decoder"]["espnet2"]["mega"] == OURS
+    mend = {finding["mend"]: finding["what"] for finding in report["findings"] if finding["level"] == "error"}
+    assert set(mend) == {"pip install editdistance", "export ESPNET_MEGA_PLUGIN_LOSS=plugin"}
+    assert "no compiled part" in mend["pip install editdistance"]
+    assert "libwarprnnt.so" in mend["export ESPNET_MEGA_PLUGIN_LOSS=plugin"]
+
+    report = json.loads(finish(detached, status=1)[0])
+    assert report["decoder"]["espnet2"] == {"mega": THEIRS} and report["loss"]["warprnnt_pytorch"] is None
+    errors = [finding for finding in report["findings"] if finding["level"] == "error"]
+    assert errors and all("unset TORCH_DEVICE_BACKEND_AUTOLOAD" in finding["mend"] for finding in errors)
+
+
+def test_reservations_are_warnings_and_leave_the_status_at_0(monkeypatch, capsys):
+    versions = {"espnet": "202504"}
+    monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, "1.0"))
+    monkeypatch.setenv("ESPNET_MEGA_PLUGIN", "0")
+    assert doctor.main([]) == 0
+    page = capsys.readouterr().out
+    assert "warning: ESPnet 202504 is none of the versions that the plugin is tested with (202511 and 202611)." in page
+    assert "warning: ESPNET_MEGA_PLUGIN=0 turns the plugin off.\n    mend: unset ESPNET_MEGA_PLUGIN\n" in page
+
+
+def test_an_unknown_choice_of_the_loss_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("ESPNET_MEGA_PLUGIN_LOSS", "warp")
+    assert doctor.main([]) == 1
+    assert "error: ESPNET_MEGA_PLUGIN_LOSS=warp: known are 'auto' and 'plugin'." in capsys.readouterr().out
+
+
+def test_the_command_line_names_its_commands(tmp_path):
+    for arguments in ([], ["--help"]):
+        out, _ = python("-m", "espnet_mega_plugin", *arguments, cwd=tmp_path)
+        assert "\n  doctor " in out and "\n  run " in out and __version__ in out
+    out, _ = python("-m", "espnet_mega_plugin", "--version", cwd=tmp_path)
+    assert out == f"espnet-mega-plugin {__version__}\n"
+    for command in ("doctor", "run"):
+        assert "usage: python -m espnet_mega_plugin" in python("-m", "espnet_mega_plugin", command, "-h", cwd=tmp_path)[0]
+    _, err = python("-m", "espnet_mega_plugin", "docter", cwd=tmp_path, status=2)
+    assert "no command 'docter'; there are: doctor, run" in err
