@@ -5,7 +5,7 @@ Samples are float64 in [-1, 1), one channel. libsndfile reads WAV, FLAC, OGG, MP
 
 import io
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,11 +44,11 @@ def recordings(directory: Path) -> tuple[list[Recording], DataDir]:
     for name, table in (("text", text), ("utt2spk", speaker)):
         if odd := sorted(table.keys() ^ spans.keys()):
             raise ValueError(f"{directory}: {name} and the audio differ in {len(odd)} utterances, e.g. {odd[0]!r}")
-    cut: dict[str, dict] = {}
+    parts: dict[str, dict] = {}
     for utt, (name, span) in spans.items():
-        cut.setdefault(name, {})[utt] = span
+        parts.setdefault(name, {})[utt] = span
     data = DataDir({utt: sources[name] for utt, (name, _) in spans.items()}, text, speaker)
-    return [Recording(sources[name], utterances) for name, utterances in cut.items()], data
+    return [Recording(sources[name], utterances) for name, utterances in parts.items()], data
 
 
 def _segment(directory: Path, utterance: str, line: str, sources: Mapping) -> tuple[str, tuple[float, float]]:
@@ -89,24 +89,20 @@ def read_recording(source: str) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
-def utterances_of(recording: Recording) -> Iterator[tuple[str, np.ndarray, int]]:
-    """(utterance, samples, rate) of each utterance cut from a recording; a segment may overrun its end by 0.5 s.
+def cut(samples: np.ndarray, rate: int, span: tuple[float, float] | None) -> np.ndarray:
+    """The part from start to end seconds, all for None; the end may lie up to 0.5 s behind the recording's.
 
     Raises:
-        ValueError: the recording cannot be read or a segment lies outside of it.
+        ValueError: the segment lies outside of the recording.
     """
-    samples, rate = read_recording(recording.source)
-    for utterance, span in recording.utterances.items():
-        if span is None:
-            yield utterance, samples, rate
-            continue
-        start, end = (round(second * rate) for second in span)
-        if start >= len(samples) or end > len(samples) + rate // 2:
-            raise ValueError(
-                f"{utterance}: segment {span[0]} to {span[1]} s lies outside of {recording.source}, "
-                f"which lasts {len(samples) / rate:.2f} s"
-            )
-        yield utterance, samples[start:end], rate
+    if span is None:
+        return samples
+    start, end = (round(second * rate) for second in span)
+    if start >= len(samples) or end > len(samples) + rate // 2:
+        raise ValueError(
+            f"segment {span[0]} to {span[1]} s lies outside of its recording, which lasts {len(samples) / rate:.2f} s"
+        )
+    return samples[start:end]
 
 
 def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from espnet_mega_plugin.recipe.audio import (
     FORMATS,
     Recording,
+    cut,
     hertz,
+    read_recording,
     recordings,
     resampled,
-    utterances_of,
     write_audio,
 )
 from espnet_mega_plugin.recipe.kaldi_dir import DataDir, write_data_dir, write_table
@@ -34,15 +35,15 @@ def format_directory(source: Path, target: Path, rate: int, audio_format: str = 
     """
     if audio_format not in FORMATS:
         raise ValueError(f"audio_format must be one of {', '.join(FORMATS)}; got {audio_format!r}")
-    cut, data = recordings(source)
+    sources, data = recordings(source)
     # wav.scp says that a directory is complete: it goes first and comes back last
     (target / "wav.scp").unlink(missing_ok=True)
     shutil.rmtree(target / "data", ignore_errors=True)
     write = partial(_format_recording, folder=target / "data", rate=rate, audio_format=audio_format)
     lengths, problems = {}, []
-    with Pool(min(jobs, len(cut)) or 1) as pool:
-        done = pool.imap_unordered(write, cut, chunksize=8)
-        for found, problem in tqdm(done, total=len(cut), desc=str(target), unit="rec", leave=False, disable=None):
+    with Pool(min(jobs, len(sources)) or 1) as pool:
+        done = pool.imap_unordered(write, sources, chunksize=8)
+        for found, problem in tqdm(done, total=len(sources), desc=str(target), unit="rec", leave=False, disable=None):
             lengths.update(found)
             problems += problem
     if not lengths:
@@ -64,16 +65,20 @@ def format_directory(source: Path, target: Path, rate: int, audio_format: str = 
 def _format_recording(
     recording: Recording, folder: Path, rate: int, audio_format: str
 ) -> tuple[dict[str, int], list[str]]:
-    lengths = {}
+    lengths, problems = {}, []
     try:
-        for utterance, samples, own_rate in utterances_of(recording):
-            samples = resampled(samples, own_rate, rate)
-            write_audio(folder / f"{utterance}.{audio_format}", samples, rate)
-            lengths[utterance] = len(samples)
+        samples, own_rate = read_recording(recording.source)
     except ValueError as error:
-        missing = [utterance for utterance in recording.utterances if utterance not in lengths]
-        return lengths, [f"{' '.join(missing)}: {error}"]
-    return lengths, []
+        return {}, [f"{' '.join(recording.utterances)}: {error}"]
+    for utterance, span in recording.utterances.items():
+        try:
+            part = resampled(cut(samples, own_rate, span), own_rate, rate)
+        except ValueError as error:
+            problems.append(f"{utterance}: {error}")
+        else:
+            write_audio(folder / f"{utterance}.{audio_format}", part, rate)
+            lengths[utterance] = len(part)
+    return lengths, problems
 
 
 def main() -> None:
@@ -91,7 +96,7 @@ def main() -> None:
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if problems:
-        print(f"{args.target}: {len(problems)} recordings were left out", file=sys.stderr)
+        print(f"{args.target}: left out {len(problems)} times, see above", file=sys.stderr)
 
 
 if __name__ == "__main__":

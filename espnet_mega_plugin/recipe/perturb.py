@@ -2,7 +2,7 @@
 
 Factor 0.9 plays slower: the audio is resampled to 1/0.9 of its samples, which lowers the pitch as well. The copies are
 new utterances of new speakers, `sp0.9-<name>`, as Kaldi's perturb_data_dir_speed.sh names them; factor 1 keeps names
-and recordings.
+and recordings. A recording that cannot be read is reported and gets no copies.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from espnet_mega_plugin.recipe.audio import Recording, recordings, stretched, utterances_of, write_audio
+from espnet_mega_plugin.recipe.audio import Recording, cut, read_recording, recordings, stretched, write_audio
 from espnet_mega_plugin.recipe.kaldi_dir import DataDir, write_data_dir
 
 
@@ -36,39 +36,52 @@ def speed_factors(text: str) -> dict[str, Fraction]:
     return factors
 
 
-def perturb_directory(source: Path, target: Path, factors: dict[str, Fraction], jobs: int = 1) -> int:
-    """Write `target`: a copy of `source` for each factor; returns the number of utterances.
+def perturb_directory(source: Path, target: Path, factors: dict[str, Fraction], jobs: int = 1) -> list[str]:
+    """Write `target`: a copy of `source` for each factor; returns what was left out and why.
 
     Raises:
-        FileNotFoundError, ValueError: `source` lacks a table, its tables disagree, or a recording cannot be read.
+        FileNotFoundError, ValueError: `source` lacks a table or its tables disagree.
     """
-    cut, data = recordings(source)
+    sources, data = recordings(source)
     (target / "wav.scp").unlink(missing_ok=True)
     shutil.rmtree(target / "audio", ignore_errors=True)
-    wav, text, speaker = {}, {}, {}
-    with Pool(min(jobs, len(cut)) or 1) as pool:
+    wav, text, speaker, problems = {}, {}, {}, []
+    with Pool(min(jobs, len(sources)) or 1) as pool:
         for name, factor in factors.items():
             prefix = "" if factor == 1 else f"sp{name}-"
             write = partial(_perturb_recording, folder=target / "audio", prefix=prefix, factor=factor)
-            done = pool.imap_unordered(write, cut, chunksize=8)
-            for paths in tqdm(done, total=len(cut), desc=f"speed {name}", unit="rec", leave=False, disable=None):
+            done = pool.imap_unordered(write, sources, chunksize=8)
+            done = tqdm(done, total=len(sources), desc=f"speed {name}", unit="rec", leave=False, disable=None)
+            for paths, problem in done:
+                problems += problem
                 for utterance, path in paths.items():
                     wav[prefix + utterance] = path
                     text[prefix + utterance] = data.text[utterance]
                     speaker[prefix + utterance] = prefix + data.speaker[utterance]
     write_data_dir(target, DataDir(wav, text, speaker))
-    return len(wav)
+    return sorted(problems)
 
 
-def _perturb_recording(recording: Recording, folder: Path, prefix: str, factor: Fraction) -> dict[str, str]:
+def _perturb_recording(
+    recording: Recording, folder: Path, prefix: str, factor: Fraction
+) -> tuple[dict[str, str], list[str]]:
     if factor == 1 and None in recording.utterances.values():
-        return dict.fromkeys(recording.utterances, recording.source)
-    paths = {}
-    for utterance, samples, rate in utterances_of(recording):
+        return dict.fromkeys(recording.utterances, recording.source), []
+    paths, problems = {}, []
+    try:
+        samples, rate = read_recording(recording.source)
+    except ValueError as error:
+        return {}, [f"{prefix}{' '.join(recording.utterances)}: {error}"]
+    for utterance, span in recording.utterances.items():
         path = folder / f"{prefix}{utterance}.flac"
-        write_audio(path, stretched(samples, 1 / factor), rate)
-        paths[utterance] = str(path)
-    return paths
+        try:
+            part = cut(samples, rate, span)
+        except ValueError as error:
+            problems.append(f"{prefix}{utterance}: {error}")
+        else:
+            write_audio(path, stretched(part, 1 / factor), rate)
+            paths[utterance] = str(path)
+    return paths, problems
 
 
 def main() -> None:
@@ -79,10 +92,11 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     try:
-        count = perturb_directory(args.source, args.target, speed_factors(args.factors), args.nj)
+        problems = perturb_directory(args.source, args.target, speed_factors(args.factors), args.nj)
     except (OSError, ValueError) as error:
         sys.exit(f"perturb: {error}")
-    print(f"{args.target}: {count} utterances")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

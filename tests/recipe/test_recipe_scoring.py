@@ -1,0 +1,157 @@
+"""Stage 13: counts against hand counting and jiwer's own totals, tables in ESPnet's form."""
+
+import random
+import re
+
+import jiwer
+import pytest
+
+from espnet_mega_plugin.recipe.kaldi_dir import write_table
+from espnet_mega_plugin.recipe.results import collect, results_page, word_error_table
+from espnet_mega_plugin.recipe.score import (
+    Counts,
+    align,
+    characters,
+    pieces,
+    result_table,
+    score,
+    score_folder,
+    words,
+)
+from espnet_mega_plugin.recipe.tokens import train_bpe
+
+
+def total(alignments) -> Counts:
+    return sum((alignment.counts for alignment in alignments.values()), Counts())
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "correct", "substitutions", "deletions", "insertions"),
+    [
+        ("one two three", "one two three", 3, 0, 0, 0),
+        ("one two three", "one three", 2, 0, 1, 0),
+        ("one two three", "one two two three", 3, 0, 0, 1),
+        ("one two three", "one four three", 2, 1, 0, 0),
+        ("one two three", "", 0, 0, 3, 0),
+        ("", "one two", 0, 0, 0, 2),
+        ("", "", 0, 0, 0, 0),
+        ("one two three four five six", "two tree four four five", 4, 1, 1, 0),
+        ("a b c d", "x a b d y", 3, 0, 1, 2),
+    ],
+)
+def test_hand_counted(reference, hypothesis, correct, substitutions, deletions, insertions):
+    counts = align(words(reference), words(hypothesis)).counts
+    # Two alignments may have the same number of errors: the counts then differ, the errors do not
+    assert counts.errors == substitutions + deletions + insertions
+    assert counts.units == len(words(reference)) and counts.sentences == 1
+    assert counts.correct + counts.substitutions + counts.deletions == counts.units
+    assert counts.wrong == (reference != hypothesis)
+    if (reference, hypothesis) != ("one two three four five six", "two tree four four five"):
+        want = (correct, substitutions, deletions, insertions)
+        assert (counts.correct, counts.substitutions, counts.deletions, counts.insertions) == want
+
+
+def test_totals_are_jiwers(seed):
+    draw = random.Random(seed)
+    vocabulary = "zero one two three four".split()
+    references = {f"u{i}": " ".join(draw.choices(vocabulary, k=draw.randint(1, 8))) for i in range(100)}
+    hypotheses = {utt: " ".join(draw.choices(vocabulary, k=draw.randint(1, 8))) for utt in references}
+    texts = [references[utt] for utt in references], [hypotheses[utt] for utt in references]
+    ours, theirs = total(score(references, hypotheses, words)), jiwer.process_words(*texts)
+    assert (ours.correct, ours.substitutions, ours.deletions, ours.insertions) == (
+        theirs.hits, theirs.substitutions, theirs.deletions, theirs.insertions,
+    )  # fmt: skip
+    assert ours.percentages()[4] / 100 == pytest.approx(jiwer.wer(*texts), abs=1e-12)
+    errors = total(score(references, hypotheses, characters)).percentages()[4] / 100
+    assert errors == pytest.approx(jiwer.cer(*texts), abs=1e-12)
+
+
+def test_a_missing_hypothesis_is_all_deletions():
+    alignments = score({"a": "one two", "b": "three"}, {"b": "three"}, words)
+    assert total(alignments) == Counts(
+        sentences=2, units=3, correct=1, substitutions=0, deletions=2, insertions=0, wrong=1
+    )
+
+
+def test_a_stranger_is_refused():
+    with pytest.raises(ValueError, match="1 hypotheses have no reference, such as 'z'"):
+        score({"a": "one"}, {"a": "one", "z": "one"}, words)
+
+
+def test_case_differs_only_when_asked():
+    assert total(score({"a": "ONE Two"}, {"a": "one two"}, words)).errors == 0
+    assert total(score({"a": "ONE Two"}, {"a": "one two"}, words, case_sensitive=True)).errors == 2
+
+
+def test_a_space_is_a_character():
+    assert characters(" ab  c ") == ["a", "b", "<space>", "c"]
+    assert total(score({"a": "six ty"}, {"a": "sixty"}, characters)).deletions == 1
+
+
+def test_pieces_of_both_sides(tmp_path):
+    texts = ["ONE TWO THREE", "TWO TWO ONE", "THREE ONE TWO"] * 5
+    (tmp_path / "bpe.model").write_bytes(train_bpe(texts, 14))
+    split = pieces(tmp_path / "bpe.model")
+    assert "".join(split("ONE TWO")) == "▁ONE▁TWO" and split("") == []
+    assert total(score({"a": texts[0]}, {"a": texts[0]}, split)).units == len(split(texts[0]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_table_sums_speakers_and_shows_errors():
+    references = {"s1-a": "one two", "s1-b": "one", "s2-a": "two two"}
+    alignments = score(references, {**references, "s2-a": "two one"}, words)
+    table = result_table(alignments, {"s1-a": "s1", "s1-b": "s1", "s2-a": "s2"})
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in table.splitlines() if line.startswith("|")}
+    assert [cell.split() for cell in rows["s1"]] == [["2", "3"], ["100.0", "0.0", "0.0", "0.0", "0.0", "0.0"]]
+    assert [cell.split() for cell in rows["s2"]] == [["1", "2"], ["50.0", "50.0", "0.0", "0.0", "50.0", "100.0"]]
+    assert [cell.split() for cell in rows["Sum/Avg"]] == [["3", "5"], ["80.0", "20.0", "0.0", "0.0", "20.0", "33.3"]]
+    assert table.count("id: ") == 1 and "id: s2-a\nScores: (#C #S #D #I) 1 1 0 0\n" in table
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Two decodings of two sets, scored, below exp/asr_x."""
+    data, exp = tmp_path / "dump" / "raw", tmp_path / "exp" / "asr_x"
+    references = {"s-1": "one two", "s-2": "three"}
+    for name in ("test", "org/dev"):
+        write_table(data / name / "text", references)
+        write_table(data / name / "utt2spk", dict.fromkeys(references, "s"))
+        for tag, second in (("decode_a", "three"), ("decode_b", "four five")):
+            (exp / tag / name).mkdir(parents=True)
+            (exp / tag / name / "text").write_text(f"s-1 one two\ns-2 {second}\n")
+            score_folder(data / name, exp / tag / name, {"wer": words, "cer": characters}, False, str)
+    return exp
+
+
+def test_trn_files_pair_up(experiment):
+    folder = experiment / "decode_b" / "test" / "score_wer"
+    assert (folder / "ref.trn").read_text() == "one two\t(s-s-1)\nthree\t(s-s-2)\n"
+    assert (folder / "hyp.trn").read_text() == "one two\t(s-s-1)\nfour five\t(s-s-2)\n"
+
+
+def test_results_page_has_espnets_form(experiment):
+    page = results_page([experiment], experiment)
+    assert page.startswith("# RESULTS\n\n## Environments\n\n- date: `")
+    for name in ("python", "espnet", "torch", "espnet-mega-plugin"):
+        assert re.search(rf"^- {name} version: `\d", page, re.MULTILINE), page
+    header = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n|---|---|---|---|---|---|---|---|---|\n"
+    assert page.count(header) == 2  # WER and CER
+    assert f"### WER\n\n{header}|decode_a/org/dev|2|3|100.0|0.0|0.0|0.0|0.0|0.0|\n" in page
+    assert "|decode_b/test|2|3|66.7|33.3|0.0|33.3|66.7|50.0|\n" in page
+
+
+def test_screen_table_has_a_row_a_decoding(experiment):
+    head, *rows = word_error_table(experiment).splitlines()
+    assert head.split()[3:] == ["org/dev", "test"]
+    assert [row.split()[0] for row in rows] == ["decode_a", "decode_b"]
+    assert rows[1].split()[1:] == ["66.7", "(33.3/0.0/33.3)"] * 2
+
+
+def test_missing_decoding_and_unreadable_result(experiment, tmp_path):
+    with pytest.raises(FileNotFoundError, match="stage 12 makes it"):
+        score_folder(tmp_path / "dump" / "raw" / "test", tmp_path, {}, False, str)
+    (experiment / "decode_a" / "test" / "score_wer" / "result.txt").write_text("nothing")
+    with pytest.raises(ValueError, match="has no line '| Sum/Avg'"):
+        collect(experiment)

@@ -1,0 +1,126 @@
+"""Stage 11: what is shown of ESPnet's log, and which trainings are resumed."""
+
+import sys
+
+import pytest
+import yaml
+
+from espnet_mega_plugin.recipe.train import Watcher, check_same_model, run_training
+
+# Lines as both versions of ESPnet write them, shortened where nothing is read
+LOG = """\
+[vm] 2026-11-22 15:35:50 (trainer:336) INFO: 3/5epoch started
+[vm] 2026-11-22 15:35:51 (trainer:811) INFO: 3epoch:train:1-10batch: iter_time=0.024, forward_time=1.2, loss=263.613, loss_transducer=221.856, grad_norm=396.9, loss_scale=1.000
+[vm] 2026-11-22 15:35:52 (trainer:394) INFO: 3epoch results: [train] iter_time=0.009, loss=172.193, loss_transducer=136.6, time=1 minute and 40.1 seconds, total_count=55, [valid] loss=112.684, loss_transducer=82.698, time=12.53 seconds, total_count=4
+[vm] 2026-11-22 15:35:53 (trainer:324) INFO: 4/5epoch started. Estimated time to finish: 1 minute and 52.72 seconds
+[vm] 2026-11-22 15:35:54 (trainer:394) INFO: 4epoch results: [train] loss=1.720e+03, time=1 minute, [valid] loss=nan, time=1 second
+"""
+
+
+class Screen:
+    def __init__(self):
+        self.shown, self.kept = [], []
+
+    def show(self, text):
+        self.shown.append(text)
+
+    def keep(self, text):
+        self.kept.append(" ".join(text.split()))
+
+
+def test_a_line_an_epoch():
+    screen, clock = Screen(), iter([0, 10, 10, 40, 40, 40, 60, 60])
+    watcher = Watcher(screen, now=lambda: next(clock))
+    for line in LOG.splitlines():
+        watcher.see(line)
+    assert screen.shown == ["epoch 3/5", "epoch 3/5: batch 10, loss 263.613", "epoch 4/5"]
+    # The first epoch here is the third: it took 30 s, two are left. The second took 20 s: 25 s on average, one is left
+    assert screen.kept == [
+        "epoch 3/5 train loss 172.193 valid loss 112.684 30.0 s ETA 1:00",
+        "epoch 4/5 train loss 1.720e+03 valid loss nan 20.0 s ETA 0:25",
+    ]
+
+
+def test_a_training_that_is_complete_says_so():
+    screen = Screen()
+    Watcher(screen).see("[vm] x (trainer:248) WARNING: The training has already reached at max_epoch: 21")
+    assert screen.kept == ["the last epoch was trained already"]
+
+
+def test_output_is_appended_to_the_log(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('said'); print('cried', file=sys.stderr); sys.exit(4)"]
+    for _ in range(2):
+        assert run_training(command, tmp_path / "exp" / "train.log") == 4
+    lines = (tmp_path / "exp" / "train.log").read_text().splitlines()
+    assert lines.count("said") == lines.count("cried") == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "decoder": "mega",
+    "decoder_conf": {"block_size": 96, "num_blocks": 2},
+    "encoder_conf": {"body_conf": [{"block_type": "conformer", "hidden_size": 96}]},
+    "optim_conf": {"lr": "2e-3"},
+    "max_epoch": 20,
+    "patience": "none",
+    "grad_clip": "none",
+}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """An experiment as ESPnet leaves it: all options with their defaults, numbers for text, None for none."""
+    config = {
+        **CONFIG,
+        "decoder_conf": {"block_size": 96, "num_blocks": 2, "linear_size": 1024},
+        "encoder_conf": {"body_conf": [{"block_type": "conformer", "hidden_size": 96, "input_size": 3}], "main_conf": {}},
+        "optim_conf": {"lr": 0.002},
+        "patience": None,
+        "grad_clip": None,
+        "seed": 0,
+        "token_list": ["<blank>", "<unk>", "A", "<sos/eos>"],
+    }
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "exp" / "checkpoint.pth").touch()
+    (tmp_path / "tokens.txt").write_text("<blank>\n<unk>\nA\n<sos/eos>\n")
+
+    def check(**changes):
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
+        check_same_model(tmp_path / "train.yaml", tmp_path / "tokens.txt", tmp_path / "exp")
+
+    return check
+
+
+def test_the_same_configuration_resumes(begun):
+    begun()
+    begun(max_epoch=40, num_workers=3, keep_nbest_models=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder": "rnn"}, "decoder was mega, is now rnn"),
+        ({"decoder_conf": {"block_size": 128}}, "decoder_conf.block_size was 96, is now 128"),
+        ({"encoder_conf": {"body_conf": [{"hidden_size": 64}]}}, r"encoder_conf.body_conf\[0\].hidden_size was 96"),
+        ({"encoder_conf": {"body_conf": [{}, {}]}}, "encoder_conf.body_conf was"),
+        ({"optim_conf": {"lr": "1e-3"}}, "optim_conf.lr was 0.002, is now 1e-3"),
+        ({"scheduler": "warmuplr"}, "scheduler was None, is now warmuplr"),
+        ({"seed": 1}, "seed was 0, is now 1"),
+    ],
+)
+def test_another_configuration_is_refused(begun, changes, message):
+    with pytest.raises(ValueError, match=message + ".*another name with --asr_tag, or remove"):
+        begun(**changes)
+
+
+def test_other_tokens_are_refused(begun, tmp_path):
+    (tmp_path / "tokens.txt").write_text("<blank>\n<unk>\nB\n<sos/eos>\n")
+    with pytest.raises(ValueError, match="was begun with something else: token_list"):
+        begun()
+
+
+def test_a_training_that_has_not_begun_may_be_anything(begun, tmp_path):
+    (tmp_path / "exp" / "checkpoint.pth").unlink()
+    begun(decoder="rnn")
