@@ -127,9 +127,9 @@ class _Costs(torch.autograd.Function):
         at_blank, at_label = (
             _without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
         )
-        # Where the next label is padding its index is the blank's, so the blank's entry is written last.
-        index = _label_index(labels, logits.shape)
-        grad[:, :, :-1].scatter_(3, index, at_label[:, :, :-1, None].to(grad.dtype))
+        # Where the next label is padding its place is the blank's, so the blank's entry is written last.
+        places = _places_of_labels(labels, grad)
+        grad.view(-1)[places] = at_label[..., :-1].to(grad.dtype)  # scatter_ would copy a half type to float32
         grad[..., ctx.blank] = at_blank.to(grad.dtype)
         return grad, None, None, None, None, None
 
@@ -145,6 +145,13 @@ def _saved(ctx) -> tuple[Tensor, ...]:
             "their place where they are no leaf) or by another in-place operation. To run backward twice or to use "
             "the same logits in two losses, call rnnt_loss with inplace=False."
         ) from error
+
+
+def _places_of_labels(labels: Tensor, grad: Tensor) -> Tensor:
+    """Where in memory each cell's next label is. (B, T, U)"""
+    B, T, U1, V = grad.shape
+    rows = torch.arange(B * T * U1, device=grad.device).view(B, T, U1)[..., :-1] * V
+    return rows + labels[:, None, :]
 
 
 def _label_index(labels: Tensor, shape: torch.Size) -> Tensor:
