@@ -148,7 +148,7 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 
 
 def _places_of_labels(labels: Tensor, grad: Tensor) -> Tensor:
-    """Where in memory each cell's next label is. (B, T, U)"""
+    """Where each cell's next label is in the flattened gradient. (B, T, U)"""
     B, T, U1, V = grad.shape
     rows = torch.arange(B * T * U1, device=grad.device).view(B, T, U1)[..., :-1] * V
     return rows + labels[:, None, :]
@@ -269,11 +269,11 @@ def _tiles_of_bands(logits: Tensor, kept: Tensor) -> Iterator[Tile]:
     for b in range(B):
         start, low, high = 0, first[b][0], stop[b][0]
         for t in range(1, T):
-            wide, tall = min(low, first[b][t]), max(high, stop[b][t])
-            if (tall - wide) * (t + 1 - start) > most or (stop[b][t] == 0) != (high == 0):
+            lower, higher = min(low, first[b][t]), max(high, stop[b][t])
+            if (higher - lower) * (t + 1 - start) > most or (stop[b][t] == 0) != (high == 0):
                 yield slice(b, b + 1), slice(start, t), slice(low, max(low, high))
-                start, wide, tall = t, first[b][t], stop[b][t]
-            low, high = wide, tall
+                start, lower, higher = t, first[b][t], stop[b][t]
+            low, high = lower, higher
         yield slice(b, b + 1), slice(start, T), slice(low, max(low, high))
 
 
