@@ -55,9 +55,9 @@ def bench(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, re
     def forward(acts: Tensor) -> tuple[Tensor, Tensor]:
         return acts, LOSSES[name](acts, *arguments).sum()
 
-    def backward(state: tuple[Tensor, Tensor]) -> None:
+    def backward(state: tuple[Tensor, Tensor]) -> Tensor:
         acts, loss = state
-        torch.autograd.grad(loss, acts)
+        return torch.autograd.grad(loss, acts)[0]
 
     known = {"method": name, "shape": f"{B}x{T}x{U + 1}x{V}", "dtype": str(dtype).removeprefix("torch.")}
     try:

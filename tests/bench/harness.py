@@ -9,6 +9,7 @@ figure. Appended rows of `results.csv` are never changed.
 """
 
 import csv
+import ctypes
 import datetime
 import os
 import platform
@@ -43,6 +44,7 @@ def measure(
     """Times of each part in milliseconds: median_ms, p20_ms, p80_ms (wall clock) and cpu_ms (median CPU time).
 
     Each repeat begins with a fresh ``prepare()``, which is not timed; a part takes what the part before it returned.
+    Freeing memory takes time, too: a part should return what its caller would keep.
     """
     wall, cpu = ({name: [] for name in parts} for _ in range(2))
     for repeat in range(-warmup, repeats):
@@ -50,12 +52,13 @@ def measure(
         for name, part in parts.items():
             synchronise()
             started = time.perf_counter(), time.process_time()
-            state = part(state)
+            result = part(state)
             synchronise()
             if repeat >= 0:
                 wall[name].append(time.perf_counter() - started[0])
                 cpu[name].append(time.process_time() - started[1])
-        del state
+            state = result  # what the part was given is freed off the clock
+        del state, result
     return {name: {**_quantiles(wall[name]), "cpu_ms": _milliseconds(cpu[name], 0.5)} for name in parts}
 
 
@@ -69,11 +72,12 @@ def extra_memory(prepare: Callable[[], object], run: Callable) -> float | None:
         run(state)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the first call freed is given back, or it would not count again
         Path("/proc/self/clear_refs").write_text("5")  # the peak is reset to what is resident now
         before = _status("VmRSS")
         run(state)
         return max(0, _status("VmHWM") - before) / 1e3
-    except OSError:
+    except (OSError, AttributeError):  # not Linux, not glibc
         return None
 
 
