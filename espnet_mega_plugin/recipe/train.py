@@ -1,4 +1,4 @@
-"""Stage 11: run ESPnet's training command, show a line an epoch, and refuse to resume a different model.
+"""Stage 11: run ESPnet's training command and show a line an epoch; an interrupted training goes on.
 
 ESPnet's own output goes to the log; what is shown is read from there.
 """
@@ -11,16 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from espnet_mega_plugin.recipe.jobs import leave_on_signals, log_tail
 from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, clock
-
-# What may change between the start of a training and its resumption: how long it goes on and how it is watched
-MAY_CHANGE = {
-    "max_epoch", "patience", "keep_nbest_models", "num_workers", "ngpu", "log_interval", "log_level",
-    "use_tensorboard", "use_matplotlib", "num_att_plot",
-}  # fmt: skip
+from espnet_mega_plugin.recipe.resume import SAVED, back_up, check_same_model, mend, only_training, remove_backups
 
 STARTED = re.compile(r"INFO: (\d+)/(\d+)epoch started")
 BATCHES = re.compile(r"INFO: (\d+)epoch:train:\d+-(\d+)batch: .*?\bloss=([^,]+)")
@@ -65,68 +58,41 @@ def _loss(report: str) -> str:
     return found.group(1) if found else "-"
 
 
-def check_same_model(config: Path, token_list: Path, exp: Path) -> None:
-    """Do nothing when the training in `exp` was begun with this configuration and token list, or has not begun.
+def run_training(command: list[str], exp: Path) -> int:
+    """Run ESPnet's training in `exp` with its output appended to `train.log`; returns the exit status.
 
     Raises:
-        ValueError: it was begun with others; names what differs.
+        BlockingIOError: another training runs in `exp`.
     """
-    if not (exp / "checkpoint.pth").exists() or not (exp / "config.yaml").exists():
-        return
-    begun = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
-    wanted = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    differences = [d for key, value in (wanted or {}).items() if key not in MAY_CHANGE
-                   for d in _differences(key, value, begun.get(key))]  # fmt: skip
-    tokens = token_list.read_text(encoding="utf-8").split("\n")[:-1]
-    if begun.get("token_list") and begun["token_list"] != tokens:
-        differences.append("token_list")
-    if differences:
-        raise ValueError(
-            f"the training in {exp} was begun with something else: {'; '.join(differences[:5])}. "
-            f"Give this one another name with --asr_tag, or remove {exp}"
-        )
-
-
-def _differences(key: str, wanted, begun) -> list[str]:
-    """ESPnet adds defaults to what the YAML says, so only what the YAML says is compared."""
-    if isinstance(wanted, dict) and isinstance(begun, dict):
-        return [d for k, value in wanted.items() for d in _differences(f"{key}.{k}", value, begun.get(k))]
-    if isinstance(wanted, list) and isinstance(begun, list) and len(wanted) == len(begun):
-        pairs = enumerate(zip(wanted, begun, strict=True))
-        return [d for i, (a, b) in pairs for d in _differences(f"{key}[{i}]", a, b)]
-    return [] if _plain(wanted) == _plain(begun) else [f"{key} was {begun}, is now {wanted}"]
-
-
-def _plain(value):
-    """`1e-3` is text in YAML 1.1 and a number to ESPnet; `none` is how its options write None."""
-    if value == "none":
-        return None
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def run_training(command: list[str], log: Path) -> int:
-    """Run the command with its output appended to `log`; returns the exit status."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as out:
+    log = exp / "train.log"
+    with only_training(exp) as lock, log.open("a", encoding="utf-8") as out:
+        if mended := mend(exp, log):
+            print(mended, flush=True)
         out.write(f"# {shlex.join(command)}\n")
-    follower, watcher = LogFollower(log), Watcher(StatusLine())
-    with log.open("a", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    try:
-        while True:
-            status = process.poll()
-            for line in follower.new_lines():
-                watcher.see(line)
-            if status is not None:
-                return status
-            time.sleep(0.5)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        out.flush()
+        follower, watcher = LogFollower(log), Watcher(StatusLine())
+        # The child inherits the lock, so it holds as long as either of the two lives
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[lock]
+        )
+        try:
+            while True:
+                status = process.poll()
+                lines = follower.new_lines()
+                for line in lines:
+                    watcher.see(line)
+                if any(SAVED.search(line) for line in lines):
+                    back_up(exp, log)
+                if status is not None:
+                    break
+                time.sleep(0.3)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if status == 0:
+            remove_backups(exp)
+        return status
 
 
 def main() -> None:
@@ -139,10 +105,11 @@ def main() -> None:
     leave_on_signals()
     try:
         check_same_model(args.asr_config, args.token_list, args.asr_exp)
+        status = run_training(args.command[1:], args.asr_exp)
     except (OSError, ValueError) as error:
         sys.exit(f"train: {error}")
-    log = args.asr_exp / "train.log"
-    if status := run_training(args.command[1:], log):
+    if status:
+        log = args.asr_exp / "train.log"
         sys.exit(f"train: exit status {status}; the end of {log}:\n{log_tail(log)}")
 
 

@@ -3,17 +3,21 @@
 import sys
 
 import pytest
+import torch
 import yaml
 
-from espnet_mega_plugin.recipe.train import Watcher, check_same_model, run_training
+from espnet_mega_plugin.recipe.resume import back_up, check_same_model, mend, only_training
+from espnet_mega_plugin.recipe.train import Watcher, run_training
 
 # Lines as both versions of ESPnet write them, shortened where nothing is read
 LOG = """\
 [vm] 2026-11-22 15:35:50 (trainer:336) INFO: 3/5epoch started
 [vm] 2026-11-22 15:35:51 (trainer:811) INFO: 3epoch:train:1-10batch: iter_time=0.024, forward_time=1.2, loss=263.613, loss_transducer=221.856, grad_norm=396.9, loss_scale=1.000
 [vm] 2026-11-22 15:35:52 (trainer:394) INFO: 3epoch results: [train] iter_time=0.009, loss=172.193, loss_transducer=136.6, time=1 minute and 40.1 seconds, total_count=55, [valid] loss=112.684, loss_transducer=82.698, time=12.53 seconds, total_count=4
+[vm] 2026-11-22 15:35:53 (trainer:462) INFO: The best model has been updated: valid.loss
 [vm] 2026-11-22 15:35:53 (trainer:324) INFO: 4/5epoch started. Estimated time to finish: 1 minute and 52.72 seconds
 [vm] 2026-11-22 15:35:54 (trainer:394) INFO: 4epoch results: [train] loss=1.720e+03, time=1 minute, [valid] loss=nan, time=1 second
+[vm] 2026-11-22 15:35:53 (trainer:460) INFO: There are no improvements in this epoch
 """
 
 
@@ -50,9 +54,84 @@ def test_a_training_that_is_complete_says_so():
 def test_output_is_appended_to_the_log(tmp_path):
     command = [sys.executable, "-c", "import sys; print('said'); print('cried', file=sys.stderr); sys.exit(4)"]
     for _ in range(2):
-        assert run_training(command, tmp_path / "exp" / "train.log") == 4
+        assert run_training(command, tmp_path / "exp") == 4
     lines = (tmp_path / "exp" / "train.log").read_text().splitlines()
     assert lines.count("said") == lines.count("cried") == 2
+
+
+def test_two_trainings_do_not_share_an_experiment(tmp_path):
+    with only_training(tmp_path / "exp"):
+        with pytest.raises(BlockingIOError, match="another training is running in"):
+            run_training(["true"], tmp_path / "exp")
+    assert run_training(["true"], tmp_path / "exp") == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(exp, epoch: int, *, files: bool = True) -> None:
+    """What ESPnet leaves of an epoch: its results in the log, its files, and word that they are written."""
+    with (exp / "train.log").open("a") as log:
+        log.write(f"INFO: {epoch}epoch results: [train] loss=1\n")
+        torch.save({"model": {"weight": torch.full((1000,), float(epoch))}, "epoch": epoch}, exp / "checkpoint.pth")
+        if files:
+            torch.save({"weight": torch.full((1000,), float(epoch))}, exp / f"{epoch}epoch.pth")
+            log.write("INFO: There are no improvements in this epoch\n")
+
+
+def resumed_epoch(exp) -> int:
+    return torch.load(exp / "checkpoint.pth", weights_only=True)["epoch"]
+
+
+def mended(exp) -> str:
+    return mend(exp, exp / "train.log")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_torn_checkpoint_goes_back_to_the_last_whole_one(tmp_path, share):
+    for epoch in (1, 2):
+        train_epoch(tmp_path, epoch)
+        back_up(tmp_path, tmp_path / "train.log")
+    train_epoch(tmp_path, 3)  # killed before it was copied, while it wrote the fourth:
+    whole = (tmp_path / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(whole[: int(share * len(whole))])
+    assert mended(tmp_path).endswith("going on after epoch 2")
+    assert resumed_epoch(tmp_path) == 2
+    assert {path.name for path in tmp_path.glob("*epoch.pth")} == {"1epoch.pth", "2epoch.pth"}
+    # and again, had it been killed right away
+    (tmp_path / "checkpoint.pth").write_bytes(b"")
+    assert mended(tmp_path) and resumed_epoch(tmp_path) == 2
+
+
+def test_an_epoch_file_that_was_not_written_counts_as_torn(tmp_path):
+    train_epoch(tmp_path, 1)
+    back_up(tmp_path, tmp_path / "train.log")
+    train_epoch(tmp_path, 2, files=False)
+    (tmp_path / "2epoch.pth").write_bytes(b"torn")
+    assert mended(tmp_path) and resumed_epoch(tmp_path) == 1
+    assert not (tmp_path / "2epoch.pth").exists()
+
+
+def test_a_torn_first_checkpoint_begins_anew(tmp_path):
+    train_epoch(tmp_path, 1, files=False)
+    (tmp_path / "checkpoint.pth").write_bytes(b"PK")
+    assert mended(tmp_path).endswith("beginning anew")
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_whole_state_is_left_alone(tmp_path):
+    assert mended(tmp_path) == ""
+    for epoch in (1, 2):
+        train_epoch(tmp_path, epoch)
+    assert mended(tmp_path) == "" and resumed_epoch(tmp_path) == 2
+
+
+def test_a_checkpoint_that_may_be_half_written_is_not_copied(tmp_path):
+    train_epoch(tmp_path, 1)
+    back_up(tmp_path, tmp_path / "train.log")
+    train_epoch(tmp_path, 2, files=False)
+    back_up(tmp_path, tmp_path / "train.log")
+    assert [path.name for path in tmp_path.glob("*.backup")] == ["checkpoint.epoch1.backup"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

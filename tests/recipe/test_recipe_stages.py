@@ -1,0 +1,131 @@
+"""The engine's checks: a stage that lacks its input says so and says which stage makes it; the free stages say so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tones import corpus, recipe
+
+SETS = "--lang en --train_set train --valid_set dev --test_sets 'test'"
+
+
+def stages(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(folder / "run.sh"), *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return recipe(tmp_path, SETS)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+DUMP = ["dump/raw/train/wav.scp", "dump/raw/dev/wav.scp", "dump/raw/test/wav.scp", "dump/raw/train/text"]
+TOKENS = "data/en_token_list/bpe_unigram30/tokens.txt"
+STATS = "exp/asr_stats_raw_en_bpe30"
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "missing", "made_by"),
+    [
+        (2, [], "data/train/wav.scp", 1),
+        (3, [], "data/train_sp/wav.scp", 2),
+        (3, ["data/train_sp/wav.scp"], "data/dev/wav.scp", 1),
+        (4, [], "dump/raw/org/train_sp/wav.scp", 3),
+        (5, [], "dump/raw/train_sp/text", 4),
+    ],
+)
+def test_missing_input_with_speed_perturbation(folder, stage, there, missing, made_by):
+    touch(folder, *there)
+    result = stages(folder, "--speed_perturb_factors", "0.9 1.0", "--stage", str(stage))
+    assert result.returncode == 2
+    assert result.stderr == f"asr.sh: {missing} is missing: run stage {made_by} first (--stage {made_by})\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "missing", "made_by"),
+    [
+        (3, [], "data/train/wav.scp", 1),
+        (10, [], "dump/raw/train/wav.scp", 4),
+        (10, DUMP, TOKENS, 5),
+        (11, [], f"{STATS}/train/text_shape.bpe", 10),
+        (12, [], "exp/asr_train_raw_en_bpe30/config.yaml", 11),
+        (12, ["exp/asr_train_raw_en_bpe30/config.yaml"], "exp/asr_train_raw_en_bpe30/valid.loss.ave.pth", 11),
+        (13, [], "exp/asr_train_raw_en_bpe30/inference_asr_model_valid.loss.ave/test/text", 12),
+    ],
+)
+def test_missing_input(folder, stage, there, missing, made_by):
+    touch(folder, *there)
+    result = stages(folder, "--stage", str(stage))
+    assert result.returncode == 2
+    assert result.stderr == f"asr.sh: {missing} is missing: run stage {made_by} first (--stage {made_by})\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--stage 1", "local/data.sh is missing"),
+        ("--test_sets ''", "--test_sets is required"),
+        ("--use_lm true", "stages 6 (statistics), 7 (training), 8 (perplexity) and 9 (n-gram) are not here yet"),
+        ("--asr_task asr", "knows asr_transducer alone"),
+        ("--feats_type fbank", "only raw here"),
+        ("--num_nodes 2", "use ESPnet's own asr.sh for clusters"),
+        ("--token_type phn", "expected bpe, char or word"),
+        ("--audio_format mp3", "expected wav or flac"),
+        ("--feats_normalize local", "expected global_mvn, utterance_mvn or none"),
+        ("--score_opts -x", "only -s is known"),
+        ("--skip_stages all", "expected numbers"),
+        ("--inference_tag x --inference_config 'a.yaml b.yaml'", "names one decoding"),
+        ("--use-ml true", "unknown option --use-ml; did you mean --use_lm"),
+    ],
+)
+def test_refusals(folder, arguments, message):
+    script = folder / "run.sh"
+    script.write_text(script.read_text().replace('"$@"', f'{arguments} "$@"'))
+    result = stages(folder)
+    assert result.returncode == 2 and result.stderr.startswith("asr.sh: ") and message in result.stderr
+
+
+@pytest.mark.parametrize(("stage", "what"), [(6, "language models"), (9, "language models"), (14, "packing"), (15, "upl")])
+def test_free_stages_say_so(folder, stage, what):
+    result = stages(folder, "--stage", str(stage), "--stop_stage", str(stage))
+    assert result.returncode == 0 and f"Stage {stage} is kept free for " in result.stdout and what in result.stdout
+
+
+def test_missing_configuration_is_named(folder):
+    touch(folder, *DUMP, TOKENS)
+    result = stages(folder, "--stage", "10", "--asr_config", "conf/train_mgea.yaml")
+    assert result.returncode == 2 and "--asr_config conf/train_mgea.yaml: no such file in" in result.stderr
+
+
+def test_skipped_stages_do_not_run(folder):
+    for options in (["--skip_stages", "1 3 4 5 10 11 12 13"], ["--skip_data_prep", "true", "--skip_train", "true"]):
+        result = stages(folder, *options, "--skip-eval", "true")
+        assert result.returncode == 0 and "Stage" not in result.stdout, result.stdout
+
+
+def test_data_stages_from_anywhere(folder, tmp_path):
+    """Stages 2 to 5 as run.sh is called from another folder; what they print can be copied."""
+    for name, sentences in (("train", ["A BE CO", "DI EK", "FU A", ""]), ("dev", ["CO A"]), ("test", ["EK EK"])):
+        corpus(folder / "data" / name, sentences, prefix=name)
+    result = stages(folder, "--stage", "2", "--stop_stage", "5", "--nbpe", "14", "--speed_perturb_factors", "0.9 1")
+    assert result.returncode == 0, result.stderr
+    assert "left out 2 without words: sp0.9-trains1-003 trains1-003" in result.stdout
+    train = (folder / "dump/raw/train_sp/text").read_text().split("\n")
+    assert "trains0-000 A BE CO" in train and "sp0.9-trains0-000 A BE CO" in train and len(train) == 7
+    tokens = (folder / "data/en_token_list/bpe_unigram14/tokens.txt").read_text().split()
+    assert len(tokens) == 14 and tokens[0] == "<blank>"
+    assert "\n+ python3 -m espnet_mega_plugin.recipe.perturb --factors '0.9 1' --nj " in result.stdout
+    assert [line.split(" done in ")[0].split(" ", 1)[1] for line in result.stdout.splitlines() if " done in " in line] == [
+        f"Stage {n}:" for n in (2, 3, 4, 5)
+    ]
+    outside = {path.name for path in tmp_path.iterdir()} | {path.name for path in (tmp_path / "egs").iterdir()}
+    assert outside == {"egs", "TEMPLATE", "tones"}
