@@ -53,9 +53,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     try:
-        left_out = filter_directory(
-            args.source, args.target, args.fs, args.min_wav_duration, args.max_wav_duration
-        )
+        left_out = filter_directory(args.source, args.target, args.fs, args.min_wav_duration, args.max_wav_duration)
     except (OSError, ValueError) as error:
         sys.exit(f"filter_lengths: {error}")
     for reason, utterances in left_out.items():

@@ -14,11 +14,11 @@ from espnet_mega_plugin.recipe.stats import even_parts, number_of_jobs, split_ke
 WORKER = [sys.executable, "-m", "espnet_mega_plugin.recipe.worker"]
 
 # A module with a main as ESPnet's commands have: says its process, argument and log level's effect
-COMMAND = '''
+COMMAND = """
 import logging, os, sys
 def main(cmd=None):
     cmd = sys.argv[1:] if cmd is None else cmd
-    logging.basicConfig(level="INFO", format="%(levelname)s %(message)s")
+    logging.basicConfig(level="ERROR" if cmd[0] == "quiet" else "INFO", format="%(levelname)s %(message)s")
     logging.info("says %s", cmd[0])
     print("process", os.getpid())
     if cmd[0] == "exit":
@@ -27,7 +27,7 @@ def main(cmd=None):
         raise RuntimeError("came to grief")
 if __name__ == "__main__":
     main()
-'''
+"""
 
 
 @pytest.fixture
@@ -48,6 +48,13 @@ def test_every_job_runs_with_its_own_log(tmp_path, command, worker):
         assert f"INFO says job{i}" in rest
         processes |= {line for line in rest if line.startswith("process")}
     assert len(processes) == 7 if not worker else 1 <= len(processes) <= 2
+
+
+def test_jobs_of_one_worker_log_as_each_wants(tmp_path, command):
+    """logging.basicConfig takes effect once a process, and each of ESPnet's commands calls it."""
+    jobs = [Job([*command, word], tmp_path / f"{word}.log") for word in ("quiet", "loud")]
+    run_jobs(jobs, 1, WORKER)
+    assert "says" not in jobs[0].log.read_text() and "says loud" in jobs[1].log.read_text()
 
 
 @pytest.mark.parametrize("worker", [(), WORKER], ids=["processes", "workers"])
@@ -78,7 +85,9 @@ def test_a_worker_that_cannot_start_is_a_failure(tmp_path, command):
 def test_command_line_numbers_its_jobs(tmp_path):
     call = [sys.executable, "-m", "espnet_mega_plugin.recipe.jobs", "--jobs", "3", "--log", f"{tmp_path}/JOB.log"]
     subprocess.run([*call, "--", "echo", "--", "part", "JOB"], check=True)
-    assert [(tmp_path / f"{n}.log").read_text().splitlines()[1] for n in (1, 2, 3)] == [f"-- part {n}" for n in (1, 2, 3)]
+    assert [(tmp_path / f"{n}.log").read_text().splitlines()[1] for n in (1, 2, 3)] == [
+        f"-- part {n}" for n in (1, 2, 3)
+    ]
     failing = subprocess.run([*call, "--", "ls", f"{tmp_path}/nothing/JOB"], capture_output=True, text=True)
     assert failing.returncode == 1 and "nothing" in failing.stderr
 

@@ -42,9 +42,7 @@ def total(alignments) -> Counts:
 )
 def test_hand_counted(reference, hypothesis, correct, substitutions, deletions, insertions):
     counts = align(words(reference), words(hypothesis)).counts
-    want = Counts(
-        1, len(words(reference)), correct, substitutions, deletions, insertions, int(reference != hypothesis)
-    )
+    want = Counts(1, len(words(reference)), correct, substitutions, deletions, insertions, int(reference != hypothesis))
     assert counts == want
 
 

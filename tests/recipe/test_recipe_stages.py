@@ -94,7 +94,9 @@ def test_refusals(folder, arguments, message):
     assert result.returncode == 2 and result.stderr.startswith("asr.sh: ") and message in result.stderr
 
 
-@pytest.mark.parametrize(("stage", "what"), [(6, "language models"), (9, "language models"), (14, "packing"), (15, "upl")])
+@pytest.mark.parametrize(
+    ("stage", "what"), [(6, "language models"), (9, "language models"), (14, "packing"), (15, "upl")]
+)
 def test_free_stages_say_so(folder, stage, what):
     result = stages(folder, "--stage", str(stage), "--stop_stage", str(stage))
     assert result.returncode == 0 and f"Stage {stage} is kept free for " in result.stdout and what in result.stdout
@@ -124,8 +126,8 @@ def test_data_stages_from_anywhere(folder, tmp_path):
     tokens = (folder / "data/en_token_list/bpe_unigram14/tokens.txt").read_text().split()
     assert len(tokens) == 14 and tokens[0] == "<blank>"
     assert "\n+ python3 -m espnet_mega_plugin.recipe.perturb --factors '0.9 1' --nj " in result.stdout
-    assert [line.split(" done in ")[0].split(" ", 1)[1] for line in result.stdout.splitlines() if " done in " in line] == [
-        f"Stage {n}:" for n in (2, 3, 4, 5)
-    ]
+    assert [
+        line.split(" done in ")[0].split(" ", 1)[1] for line in result.stdout.splitlines() if " done in " in line
+    ] == [f"Stage {n}:" for n in (2, 3, 4, 5)]
     outside = {path.name for path in tmp_path.iterdir()} | {path.name for path in (tmp_path / "egs").iterdir()}
     assert outside == {"egs", "TEMPLATE", "tones"}

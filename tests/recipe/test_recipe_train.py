@@ -1,5 +1,6 @@
 """Stage 11: what is shown of ESPnet's log, and which trainings are resumed."""
 
+import shutil
 import sys
 
 import pytest
@@ -126,6 +127,21 @@ def test_a_whole_state_is_left_alone(tmp_path):
     assert mended(tmp_path) == "" and resumed_epoch(tmp_path) == 2
 
 
+def test_a_copy_that_the_next_epoch_overtook_is_not_kept(tmp_path, monkeypatch):
+    train_epoch(tmp_path, 1)
+    back_up(tmp_path, tmp_path / "train.log")
+    train_epoch(tmp_path, 2)
+    copy = shutil.copyfile
+
+    def slow_copy(source, target):
+        train_epoch(tmp_path, 3)
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", slow_copy)
+    back_up(tmp_path, tmp_path / "train.log")
+    assert [path.name for path in tmp_path.glob("*.backup")] == ["checkpoint.epoch1.backup"]
+
+
 def test_a_checkpoint_that_may_be_half_written_is_not_copied(tmp_path):
     train_epoch(tmp_path, 1)
     back_up(tmp_path, tmp_path / "train.log")
@@ -153,7 +169,10 @@ def begun(tmp_path):
     config = {
         **CONFIG,
         "decoder_conf": {"block_size": 96, "num_blocks": 2, "linear_size": 1024},
-        "encoder_conf": {"body_conf": [{"block_type": "conformer", "hidden_size": 96, "input_size": 3}], "main_conf": {}},
+        "encoder_conf": {
+            "body_conf": [{"block_type": "conformer", "hidden_size": 96, "input_size": 3}],
+            "main_conf": {},
+        },
         "optim_conf": {"lr": 0.002},
         "patience": None,
         "grad_clip": None,

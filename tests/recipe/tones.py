@@ -45,7 +45,8 @@ def recipe(root: Path, defaults: str) -> Path:
     shutil.copy(REPOSITORY / "egs" / "mini_an4" / "asr1" / "path.sh", folder)
     script = folder / "run.sh"
     script.write_text(
-        f'#!/usr/bin/env bash\ncd "$(dirname "$0")"\nexec ../../TEMPLATE/asr1/asr.sh {defaults} "$@"\n', encoding="utf-8"
+        f'#!/usr/bin/env bash\ncd "$(dirname "$0")"\nexec ../../TEMPLATE/asr1/asr.sh {defaults} "$@"\n',
+        encoding="utf-8",
     )
     script.chmod(0o755)
     return folder
