@@ -301,7 +301,10 @@ def test_a_folder_on_pythonpath_and_espnets_own_commands(tmp_path):
 
 @pytest.mark.slow
 def test_an_installed_warprnnt_wins_unless_the_plugins_loss_is_forced(tmp_path):
-    for name, body in {"real": "RNNTLoss = rnnt_loss = 'real'", "broken": "raise ImportError('libwarprnnt.so')"}.items():
+    for name, body in {
+        "real": "RNNTLoss = rnnt_loss = 'real'",
+        "broken": "raise ImportError('libwarprnnt.so')",
+    }.items():
         (tmp_path / name / "warprnnt_pytorch").mkdir(parents=True)
         (tmp_path / name / "warprnnt_pytorch" / "__init__.py").write_text(body)
     code = "import torch; from warprnnt_pytorch import RNNTLoss; print(RNNTLoss)"

@@ -19,7 +19,7 @@ SEARCHES = {
     "default": {"search_type": "default"},
     "tsd": {"search_type": "tsd", "max_sym_exp": 3},
     "alsd": {"search_type": "alsd", "u_max": 9},
-    "maes": {"search_type": "maes", "nstep": 2, "expansion_gamma": 3.0, "expansion_beta": 1},
+    "maes": {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 1},
 }
 DECODERS = {
     "simple": {},
@@ -92,9 +92,9 @@ def searches(decoder_options: dict, search_options: dict, lm=None, nbest=5, seed
         joint.lin_enc.weight[0], joint.lin_enc.bias[0], joint.lin_dec.weight[0] = 0.0, 0.0, 0.0
         joint.lin_enc.weight[0, 0] = 3.0
         joint.lin_out.weight[0, 0] = 2.0
-        joint.lin_out.bias[0] += 2.5
+        joint.lin_out.bias[0] += 2.5 if search_options["search_type"] == "default" else 1.0
     oracle = ForwardOnly(extended(network, 2) if options["max_positions"] < 60 else network)
-    common = {"beam_size": 4, "lm": lm, "lm_weight": 0.3, "nbest": nbest, **search_options}
+    common = {"beam_size": 4, "lm": lm, "lm_weight": 0.1, "nbest": nbest, **search_options}
     frames = random_frames()
     return BeamSearchTransducer(network, joint, **common), BeamSearchTransducer(oracle, joint, **common), frames
 

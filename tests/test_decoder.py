@@ -440,10 +440,13 @@ def test_first_gradient_of_fresh_weights_is_finite_at_any_length(init, normaliza
     model = MEGADecoder(
         50, block_size=64, linear_size=128, qk_size=16, v_size=128, normalization_type=normalization_type
     )
-    if init == "chainer" and normalization_type in ("basic_norm", "scale_norm"):
-        pytest.skip("ESPnet's chainer scheme raises NotImplementedError at a parameter without dimensions")
     if init is not None:
-        initialize(model, init)
+        try:
+            initialize(model, init)
+        except (NotImplementedError, ValueError) as error:
+            # chainer: a parameter without dimensions stops it in both lines, and 202611 has dropped the scheme
+            assert init == "chainer"
+            pytest.skip(f"ESPnet's own initialize: {error!r}")
     for L in (1, 2, 7, 30):
         labels = torch.randint(1, 50, (2, L))
         labels[:, 0] = 0

@@ -71,6 +71,8 @@ def test_the_command_line_names_its_commands(tmp_path):
     out, _ = python("-m", "espnet_mega_plugin", "--version", cwd=tmp_path)
     assert out == f"espnet-mega-plugin {__version__}\n"
     for command in ("doctor", "run"):
-        assert "usage: python -m espnet_mega_plugin" in python("-m", "espnet_mega_plugin", command, "-h", cwd=tmp_path)[0]
+        assert (
+            "usage: python -m espnet_mega_plugin" in python("-m", "espnet_mega_plugin", command, "-h", cwd=tmp_path)[0]
+        )
     _, err = python("-m", "espnet_mega_plugin", "docter", cwd=tmp_path, status=2)
     assert "no command 'docter'; there are: doctor, run" in err
