@@ -426,7 +426,8 @@ def test_dynamic_quantisation_runs_and_says_how_far_off(seed):
 
 def gradient_norm(model: MEGADecoder, labels: torch.Tensor) -> float:
     model.zero_grad()
-    model(labels).sum().backward()
+    out = model(labels)
+    (out * torch.randn_like(out)).mean().backward()
     gradients = [p.grad for p in model.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     return float(torch.stack([g.norm() for g in gradients]).norm())
@@ -450,11 +451,11 @@ def test_first_gradient_of_fresh_weights_is_finite_at_any_length(init, normaliza
     for L in (1, 2, 7, 30):
         labels = torch.randint(1, 50, (2, L))
         labels[:, 0] = 0
-        assert gradient_norm(model, labels) < 1e4
+        assert gradient_norm(model, labels) < 1e3
 
 
 def test_fresh_default_decoder_is_causal_and_healthy(seed):
-    """Full size, float32. ESPnet's own fresh weights move position 0 by 5 when later labels change, gradient 1e5."""
+    """Full size, float32. ESPnet's fresh weights move position 0 by 6 when later labels change; gradient 9e4."""
     model = MEGADecoder(500).eval()
     labels = torch.randint(1, 500, (2, 51))
     labels[:, 0] = 0
@@ -464,7 +465,7 @@ def test_fresh_default_decoder_is_causal_and_healthy(seed):
         want = model(labels)[:, :20]
         for out in (model(other)[:, :20], model(padded)[:, :20]):
             assert ((out - want).norm(dim=-1) / want.norm(dim=-1)).max() < 2e-5
-    assert gradient_norm(model, labels) < 1e4  # ESPnet's: 5.9e7
+    assert gradient_norm(model, labels) < 1
 
 
 def test_built_under_meta_device_and_loaded():
