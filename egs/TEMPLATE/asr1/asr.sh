@@ -89,6 +89,7 @@ recipe() { run python3 -m "espnet_mega_plugin.recipe.$1" "${@:2}"; }
 # need FILE STAGE: stop when an input is missing and say which stage makes it
 need() { [ -e "$1" ] || die "$1 is missing: run stage $2 first (--stage $2)"; }
 
+[ "$((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1]))" -ge 404 ] || die "bash ${BASH_VERSION} is too old: 4.4 or later"
 [ -f path.sh ] || die "path.sh is missing in ${PWD}: run.sh must change into its recipe before it calls this"
 _threads=${OMP_NUM_THREADS:-}
 . ./path.sh
