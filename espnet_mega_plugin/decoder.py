@@ -238,7 +238,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         """A state with all keys; what a hand-made one lacks follows from its keys' shape."""
         if self.truncation_length is not None and "prev_input" not in state:
             raise ValueError(
-                f"state lacks 'prev_input', the last truncation_length - 1 = {self.truncation_length - 1} block inputs, "
+                f"state lacks 'prev_input' (the last truncation_length - 1 = {self.truncation_length - 1} inputs), "
                 f"which a decoder with truncation_length needs; it holds {sorted(state)}."
             )
         missing = [name for name in ("ema_state", "prev_key", "prev_value") if name not in state]

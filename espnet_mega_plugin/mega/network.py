@@ -27,7 +27,7 @@ from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 
 
 class MegaNetwork(nn.Module):
-    """Arguments, defaults and parameter names are those of ESPnet's MEGADecoder; see `MEGADecoder` for their meaning."""
+    """Arguments, defaults and parameter names are those of ESPnet's MEGADecoder, which `decoder.py` explains."""
 
     def __init__(
         self,

@@ -126,8 +126,15 @@ def main() -> None:
     rows = scoring_rows()
     classes = (Espnet, MEGADecoder)
     with torch.no_grad():
-        rows.append(("fresh model: first output when later labels change", *(f"{fresh_future(c):.1e}" for c in classes)))
-    rows.append(("fresh model: gradient norm of a random weighting of the outputs", *(f"{fresh_gradient(c):.1e}" for c in classes)))
+        rows.append(
+            ("fresh model: first output when later labels change", *(f"{fresh_future(c):.1e}" for c in classes))
+        )
+    rows.append(
+        (
+            "fresh model: gradient norm of a random weighting of the outputs",
+            *(f"{fresh_gradient(c):.1e}" for c in classes),
+        )
+    )
     print(f"torch {torch.__version__}, CPU {platform.machine()}, espnet_mega_plugin {__version__}\n")
     print("| largest difference | ESPnet's MEGA | this one |\n|---|---|---|")
     for row in rows:
