@@ -1,0 +1,381 @@
+"""Joint network and RNN-T loss in one: the logits (B, T, U+1, V) are never built, neither forward nor backward.
+
+    logits[b, t, u] = activation(enc[b, t] + dec[b, u]) @ weight.T + bias
+
+Forward: for tiles of cells the logits are computed, reduced to three numbers a cell (log-sum-exp, blank, next label)
+and forgotten; the lattice (`lattice.py`) turns these into posteriors. Backward: logits are computed again, for those
+cells alone whose posterior exceeds `threshold`. Where a share f of the cells does, that is 2 + 6 f products of
+(cells, J, V) against 6 with materialised logits: fewer as soon as f is under two thirds, as at random weights, and a
+third of them once the model knows where its labels are.
+
+B utterances, T frames, U labels, V classes, J channels of the joint space; R rows, one for each cell of a tile.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from espnet_mega_plugin.rnnt import arguments, wavefront
+from espnet_mega_plugin.rnnt.lattice import shares
+from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
+
+# A tile's logits. On the CPU they go through the cache once more after the product; a GPU has to be filled.
+CPU_TILE_BYTES = 1 << 22
+DEVICE_TILE_BYTES = 1 << 27
+FEWEST_ROWS = 256  # below this the products get slower
+# Cells up to this posterior are not computed in backward. float32: they hold 3e-8 of all posteriors at most, and the
+# gradient's own rounding is ten times that.
+THRESHOLD = {torch.float32: 1e-8, torch.float64: 1e-18}
+
+
+def fused_rnnt_loss(
+    enc: Tensor,
+    dec: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    frame_lengths: Tensor,
+    label_lengths: Tensor,
+    activation: Callable[[Tensor], Tensor] = torch.tanh,
+    blank: int = 0,
+    reduction: str = "mean",
+    fastemit_lambda: float = 0.001,
+    threshold: float | None = None,
+    *,
+    check: bool | None = None,
+) -> Tensor:
+    """`rnnt_loss` of the joint network's logits, in a fraction of their memory.
+
+    Under autocast the products are made in its type, as torch's linear layer does; sums over classes, the lattice and
+    sums over tiles stay float32 (float64 for float64 inputs). Every input that requires a gradient gets one, and
+    backward may run again on a retained graph. On a GPU the host waits for the device twice, in forward: for the number
+    of cells within the lengths and for the number of those that backward will compute.
+
+    Args:
+        enc: encoder output, projected to the joint space. (B, T, J)
+        dec: decoder output, projected to the joint space. (B, U+1, J)
+        weight: of the output layer. (V, J)
+        bias: of the output layer, or None. (V,)
+        labels: (B, U) integers. What lies beyond an utterance's length is not read; columns beyond U are ignored.
+        frame_lengths: (B,) integers, 1 to T
+        label_lengths: (B,) integers, 0 to U
+        activation: any function or module that treats every element alike and always in the same way (no dropout);
+            its parameters, if it has any, are trained, too.
+        blank, reduction, fastemit_lambda, check: as in `rnnt_loss`.
+        threshold: cells whose posterior is at most this give no gradient. None: 1e-8, and 1e-18 for float64; 0 keeps
+            all.
+
+    Returns:
+        as `rnnt_loss`: (1,), or (B,) with reduction "none".
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    arguments.options(reduction, fastemit_lambda, threshold)
+    given = _problem(enc, dec, weight, bias, labels, frame_lengths, label_lengths, activation, blank, check)
+    inputs = (enc, dec, weight, bias)
+    if len(enc):
+        found = costs(*inputs, *given[1:4], activation, given.blank, fastemit_lambda, threshold=threshold)
+    else:
+        found = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs if x is not None)
+    if given.invalid is not None:
+        found = found * torch.where(given.invalid, torch.nan, 1.0)
+    if reduction == "none":
+        return found
+    total = found.sum(0, keepdim=True)
+    return total / max(1, len(found)) if reduction == "mean" else total
+
+
+def costs(
+    enc: Tensor,
+    dec: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    frame_lengths: Tensor,
+    label_lengths: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    blank: int = 0,
+    fastemit_lambda: float = 0.0,
+    *,
+    threshold: float | None = None,
+) -> Tensor:
+    """-log P of each utterance, arguments unchecked. (B,)"""
+    parameters = activation.parameters() if isinstance(activation, torch.nn.Module) else ()
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    inputs = (enc, dec, weight, bias, *parameters)
+    dtype = _product_type(enc, dec, weight)
+    options = _Options(
+        activation,
+        blank,
+        fastemit_lambda,
+        THRESHOLD[accumulator(dtype)] if threshold is None else threshold,
+        dtype,
+        wanted=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs),
+    )
+    return _Costs.apply(enc, dec, weight, bias, labels, frame_lengths, label_lengths, options, *parameters)
+
+
+class _Options(NamedTuple):
+    activation: Callable[[Tensor], Tensor]
+    blank: int
+    fastemit_lambda: float
+    threshold: float
+    dtype: torch.dtype  # of the products
+    wanted: bool  # whether there will be a backward
+
+
+class _Costs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, enc, dec, weight, bias, labels, frame_lengths, label_lengths, options, *parameters):
+        B, T, U1 = *enc.shape[:2], dec.shape[1]
+        joint = _Joint(enc, dec, weight, bias, options)
+        labels = torch.nn.functional.pad(labels, (0, 1), value=options.blank)  # (B, U+1): the last row has no next one
+        inside = _inside(B, T, U1, frame_lengths, label_lengths)
+        lse, at_blank, at_label = (torch.zeros(B, T, U1, dtype=torch.float64, device=enc.device) for _ in range(3))
+        with torch.autocast(enc.device.type, enabled=False):
+            for cells in _where(inside).split(joint.rows_of_a_tile):
+                found = _statistics(
+                    joint.logits(joint.hidden(cells)), labels.view(-1)[joint.dec_row(cells)], options.blank
+                )
+                for plane, values in zip((lse, at_blank, at_label), found, strict=True):
+                    plane.view(-1)[cells] = values
+        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, options.wanted)
+        if options.wanted:
+            by_label.mul_(1 + options.fastemit_lambda)
+            share = by_blank + by_label
+            cells = _where(~(share <= options.threshold))  # a NaN stays
+            planes = (lse, at_blank, at_label, by_blank, by_label, share)
+            lse, at_blank, at_label, by_blank, by_label, share = (plane.view(-1)[cells] for plane in planes)
+            # p_k share = exp(logit - offset)
+            offset = lse.sub_(share.log())
+            at_blank.exp_().mul_(share).sub_(by_blank)
+            at_label.exp_().mul_(share).sub_(by_label)
+            next_label = labels.view(-1)[joint.dec_row(cells)]
+            ctx.save_for_backward(enc, dec, weight, bias, cells, offset, at_blank, at_label, next_label, *parameters)
+            ctx.options = options
+        return (-log_prob).to(accumulator(options.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_costs):
+        enc, dec, weight, bias, cells, offset, at_blank, at_label, next_label, *parameters = ctx.saved_tensors
+        joint = _Joint(enc, dec, weight, bias, ctx.options)
+        scale = grad_costs.double()[joint.utterance(cells)]
+        tile = joint.rows_of_a_tile
+        sign = scale.sign() if scale.device.type != "cpu" or (scale < 0).any() else None
+        rows = _Rows(
+            cells,
+            ((scale.abs().log() - offset) * LOG2E[joint.sums]).to(joint.sums),
+            (at_blank * scale).to(joint.sums),
+            (at_label * scale).to(joint.sums),
+            next_label,
+        )
+        sums = _Gradients(joint, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
+        with torch.autocast(enc.device.type, enabled=False):
+            for start in range(0, len(cells), tile):
+                part = slice(start, start + tile)
+                sums.add(_Rows(*(x[part] for x in rows)), None if sign is None else sign[part])
+        totals = (sums.enc, sums.dec, sums.weight, sums.bias)
+        gradients = (
+            None if total is None else total.view_as(source).to(source.dtype)
+            for total, source in zip(totals, (enc, dec, weight, bias), strict=True)
+        )
+        return *gradients, None, None, None, None, *sums.of_parameters
+
+
+class _Rows(NamedTuple):
+    """What backward knows of each cell before it computes its logits."""
+
+    cells: Tensor  # (R,) places in (B, T, U+1)
+    shift: Tensor  # (R,) gradient to a logit = 2 ** (log2(e) logit + shift), but for the next two
+    at_blank: Tensor  # (R,) gradient to the blank's logit
+    at_label: Tensor  # (R,) gradient to the next label's logit
+    next_label: Tensor  # (R,) the blank where there is none
+
+
+class _Joint:
+    """The joint network on chosen cells."""
+
+    def __init__(self, enc: Tensor, dec: Tensor, weight: Tensor, bias: Tensor | None, options: _Options):
+        (B, self.T, J), (_, self.U1, _) = enc.shape, dec.shape
+        self.enc, self.dec = enc.detach().reshape(B * self.T, J), dec.detach().reshape(B * self.U1, J)
+        self.weight = weight.detach().to(options.dtype)
+        self.bias = None if bias is None else bias.detach().to(options.dtype)
+        self.activation, self.blank = options.activation, options.blank
+        self.tanh = isinstance(self.activation, torch.nn.Tanh) or self.activation in (
+            torch.tanh,
+            torch.nn.functional.tanh,
+        )
+        self.sums = accumulator(options.dtype)
+        on_cpu = enc.device.type == "cpu"
+        tile = CPU_TILE_BYTES * torch.get_num_threads() if on_cpu else DEVICE_TILE_BYTES
+        self.rows_of_a_tile = min(max(FEWEST_ROWS, tile // (len(weight) * self.sums.itemsize)), B * self.T * self.U1)
+        # fresh memory costs more than what is done in it
+        self.buffer = self.weight.new_empty(self.rows_of_a_tile, len(weight))
+
+    def utterance(self, cells: Tensor) -> Tensor:
+        return cells // (self.T * self.U1)
+
+    def enc_row(self, cells: Tensor) -> Tensor:
+        return cells // self.U1
+
+    def dec_row(self, cells: Tensor) -> Tensor:
+        return self.utterance(cells) * self.U1 + cells % self.U1
+
+    def hidden(self, cells: Tensor) -> Tensor:
+        """activation(enc + dec). (R, J)"""
+        summed = self.enc.index_select(0, self.enc_row(cells)).add_(self.dec.index_select(0, self.dec_row(cells)))
+        return _tanh_(summed) if self.tanh else self.activation(summed)
+
+    def hidden_and_derivative(self, cells: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Callable]:
+        """The same and a function from its gradient to those of enc + dec and of the activation's parameters."""
+        if self.tanh:
+            hidden = self.hidden(cells)
+            return hidden, lambda grad: (grad.addcmul_(grad, hidden.square_(), value=-1),)
+        with torch.enable_grad():
+            # the rows are the leaf, not the sum: an activation may work in place
+            rows = self.enc.index_select(0, self.enc_row(cells)).requires_grad_()
+            hidden = self.activation(rows + self.dec.index_select(0, self.dec_row(cells)))
+        return hidden.detach(), lambda grad: torch.autograd.grad(hidden, (rows, *parameters), grad)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, V), overwritten by the next call."""
+        hidden, out = hidden.to(self.weight.dtype), self.buffer[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+
+class _Gradients:
+    """Sums, over tiles, of the gradients to what the joint network is made of; None for those nobody wants."""
+
+    def __init__(self, joint: _Joint, wanted: tuple[bool, ...], parameters: list[Tensor], trained: tuple[bool, ...]):
+        self.joint = joint
+        self.enc, self.dec, self.weight, self.bias = (
+            torch.zeros_like(source, dtype=joint.sums, memory_format=torch.contiguous_format) if want else None
+            for source, want in zip((joint.enc, joint.dec, joint.weight, joint.bias), wanted, strict=True)
+        )
+        self.parameters = [parameter for parameter, want in zip(parameters, trained, strict=True) if want]
+        self.of_parameters = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def add(self, rows: _Rows, sign: Tensor | None) -> None:
+        hidden, derivative = self.joint.hidden_and_derivative(rows.cells, self.parameters)
+        grad = _gradient_to_logits(self.joint, hidden, rows, sign)
+        if self.bias is not None:
+            self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
+        if self.weight is not None:
+            _add_product(self.weight, grad.t(), hidden.to(grad.dtype))
+        if self.enc is None and self.dec is None and not self.parameters:
+            return
+        summed, *others = derivative((grad @ self.joint.weight).to(hidden.dtype))
+        summed = summed.to(self.joint.sums)
+        if self.enc is not None:
+            self.enc.index_add_(0, self.joint.enc_row(rows.cells), summed)
+        if self.dec is not None:
+            self.dec.index_add_(0, self.joint.dec_row(rows.cells), summed)
+        for total, part in zip(self.of_parameters, others, strict=True):
+            total.add_(part)
+
+
+def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp, log-probability of the blank and of the next label, of each row. (R,) float64"""
+    R, V = logits.shape
+    at_blank, at_label = (x.to(accumulator(logits.dtype)) for x in (logits[:, blank], _at(logits, next_label)))
+    near = torch.maximum(at_blank, at_label)
+    one = torch.tensor([R]), torch.tensor([0])  # one utterance of R frames without labels
+    lse = wavefront.row_logsumexp(logits.view(1, R, 1, V), near.view(1, R, 1), *one).view(R)
+    return lse, at_blank.double() - lse, at_label.double() - lse
+
+
+def _gradient_to_logits(joint: _Joint, hidden: Tensor, rows: _Rows, sign: Tensor | None) -> Tensor:
+    """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow."""
+    logits = joint.logits(hidden)
+    grad = logits if logits.dtype == joint.sums else torch.empty_like(logits, dtype=joint.sums)
+    wavefront._exp_without_subnormals(grad, logits, rows.shift)
+    if sign is not None:
+        grad.mul_(sign[:, None])
+    # where there is no next label its place is the blank's, so the blank's entry is written last
+    grad.scatter_(1, rows.next_label[:, None], wavefront._without_subnormals(rows.at_label)[:, None])
+    grad[:, joint.blank] = wavefront._without_subnormals(rows.at_blank)
+    return grad if grad is logits else logits.copy_(grad)
+
+
+def _at(rows: Tensor, column: Tensor) -> Tensor:
+    return rows.gather(1, column[:, None])[:, 0]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _tanh_(x: Tensor) -> Tensor:
+    """In place. On the CPU torch's float32 tanh takes 2.6 ns a number, its sigmoid 0.4 (AMD EPYC, torch 2.12).
+
+    The error, 1e-7 of 1, is that of the numbers next to 1.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return x.mul_(2).sigmoid_().mul_(2).sub_(1)
+    return x.tanh_()
+
+
+def _inside(B: int, T: int, U1: int, frame_lengths: Tensor, label_lengths: Tensor) -> Tensor:
+    """Which cells lie within the lengths. (B, T, U+1)"""
+    t, u = torch.arange(T, device=frame_lengths.device), torch.arange(U1, device=label_lengths.device)
+    return (t[:, None] < frame_lengths[:, None, None]) & (u <= label_lengths[:, None, None])
+
+
+def _where(cells: Tensor) -> Tensor:
+    return cells.view(-1).nonzero()[:, 0]
+
+
+def _problem(enc, dec, weight, bias, labels, frame_lengths, label_lengths, activation, blank, check):
+    """Everything checked, by the standard loss's door: (acts, labels, frame_lengths, label_lengths, blank, invalid)."""
+    _shapes_and_types(enc, dec, weight, bias, activation)
+    (B, T, _), (_, U1, _) = enc.shape, dec.shape
+    logits = enc.detach().new_empty(1).expand(B, T, U1, len(weight))  # their shape without their memory
+    try:
+        return arguments.problem(logits, labels, frame_lengths, label_lengths, blank, check)
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for theirs, ours in (("act_lens", "frame_lengths"), ("label_lens", "label_lengths"), ("acts", "the logits")):
+            text = text.replace(theirs, ours)
+        raise type(error)(text) from None
+
+
+def _shapes_and_types(enc, dec, weight, bias, activation) -> None:
+    tensors = {"enc": (enc, 3), "dec": (dec, 3), "weight": (weight, 2), "bias": (bias, 1)}
+    if bias is None:
+        del tensors["bias"]
+    for name, (value, dims) in tensors.items():
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating point torch.Tensor; got {got}.")
+        if value.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions; got {tuple(value.shape)}.")
+    if not callable(activation):
+        raise TypeError(f"activation must be a function or module; got {type(activation).__name__}.")
+    (B, _, J), (V, _) = enc.shape, weight.shape
+    if dec.shape[0] != B or dec.shape[2] != J:
+        raise ValueError(
+            f"dec must be (B, U+1, J) with B = {B} and J = {J} as in enc {tuple(enc.shape)}; got {tuple(dec.shape)}. "
+            "Both are projected to the joint space before."
+        )
+    if weight.shape[1] != J:
+        raise ValueError(f"weight must be (V, J) with J = {J} as in enc {tuple(enc.shape)}; got {tuple(weight.shape)}.")
+    if bias is not None and bias.shape != (V,):
+        raise ValueError(f"bias must be (V,) = ({V},) as weight {tuple(weight.shape)} has it; got {tuple(bias.shape)}.")
+
+
+def _product_type(enc: Tensor, dec: Tensor, weight: Tensor) -> torch.dtype:
+    dtype = torch.promote_types(torch.promote_types(enc.dtype, dec.dtype), weight.dtype)
+    device = enc.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):  # autocast leaves float64 alone
+        return torch.get_autocast_dtype(device)
+    return dtype
