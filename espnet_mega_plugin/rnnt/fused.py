@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espnet_mega_plugin.rnnt import arguments, wavefront
+from espnet_mega_plugin.rnnt import arguments, other_names, wavefront
 from espnet_mega_plugin.rnnt.lattice import shares
 from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 
@@ -29,6 +29,7 @@ FEWEST_ROWS = 256  # below this the products get slower
 # Cells up to this posterior are not computed in backward. float32: they hold 3e-8 of all posteriors at most, and the
 # gradient's own rounding is ten times that.
 THRESHOLD = {torch.float32: 1e-8, torch.float64: 1e-18}
+NAMES = {"acts": "the logits", "act_lens": "frame_lengths", "label_lens": "label_lengths"}
 
 
 def fused_rnnt_loss(
@@ -338,15 +339,8 @@ def _where(cells: Tensor) -> Tensor:
 def _problem(enc, dec, weight, bias, labels, frame_lengths, label_lengths, activation, blank, check):
     """Everything checked, by the standard loss's door: (acts, labels, frame_lengths, label_lengths, blank, invalid)."""
     _shapes_and_types(enc, dec, weight, bias, activation)
-    (B, T, _), (_, U1, _) = enc.shape, dec.shape
-    logits = enc.detach().new_empty(1).expand(B, T, U1, len(weight))  # their shape without their memory
-    try:
-        return arguments.problem(logits, labels, frame_lengths, label_lengths, blank, check)
-    except (TypeError, ValueError) as error:
-        text = str(error)
-        for theirs, ours in (("act_lens", "frame_lengths"), ("label_lens", "label_lengths"), ("acts", "the logits")):
-            text = text.replace(theirs, ours)
-        raise type(error)(text) from None
+    shape = (*enc.shape[:2], dec.shape[1], len(weight))
+    return other_names.problem(NAMES, shape, enc, labels, frame_lengths, label_lengths, blank, check)
 
 
 def _shapes_and_types(enc, dec, weight, bias, activation) -> None:

@@ -326,13 +326,13 @@ def test_fresh_memory_is_not_read():
     torch.testing.assert_close(filled, plain, atol=0, rtol=0)
 
 
-def test_memory_is_a_small_part_of_the_logits():
-    B, T, U, V, J = 8, 150, 40, 500, 64
+def test_memory_is_a_small_part_of_the_logits():  # a size where neither tiles nor lattice count
+    B, T, U, V, J = 8, 150, 40, 2000, 32
     joint = random_joint(B, T, U, V, J, seed=20, dtype=torch.float32, spread=0.3).leaves()
     found = extra_memory(lambda: None, lambda _: torch.autograd.grad(fused_rnnt_loss(*joint), joint[:4]))
     if found is None:
         pytest.skip("this platform does not tell its peak memory")
-    assert found * 1e6 < 0.2 * B * T * (U + 1) * V * 4
+    assert found * 1e6 < 0.1 * B * T * (U + 1) * V * 4
 
 
 # ---- half precision -------------------------------------------------------------------------------------------------
