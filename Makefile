@@ -28,10 +28,10 @@ build: $(VENV)/installed
 # pip 26.3 refuses ESPnet 202511 (Python 3.10, 3.11): a dependency of it, ci_sdr, names an address in its metadata.
 # 202511 comes without the recordings of mini_an4; they are taken out of 202611's wheel, into downloads/.
 $(VENV)/installed: setup.cfg pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v[:2] <= (3, 13) and \
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(not (3, 10) <= v[:2] <= (3, 13) and \
 	    f"Python {v[0]}.{v[1]} will not do: ESPnet needs 3.10 to 3.13. Name one: make PYTHON=python3.12")'
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@"$(PYTHON)" -c 'import ensurepip, venv' || { echo "venv is missing: apt-get install python3-venv"; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
 	@old=$$($(VENV)/bin/python -c 'import sys; print(int(sys.version_info < (3, 12)))'); \
 	    [ $$old = 0 ] || $(VENV)/bin/python -m pip install --quiet 'pip<26.3'
 	@echo "Installing torch, ESPnet and what they need into $(VENV): several GB, some minutes"

@@ -5,6 +5,7 @@ B batch, L labels, D block size, N EMA heads, W remembered labels.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,18 +123,20 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             out: decoder output for the last label. (1, D)
             states: state after the last label, for this one hypothesis.
 
+        Raises:
+            ValueError: states are of several hypotheses, or the labels are none of the vocabulary.
+
         The result is remembered in `score_cache` until a search resets that, and given again only for the same labels
-        from the same state with the same weights, device and dtype.
+        from the same state with the same weights, device and dtype. (A change of weights is seen as autograd sees it;
+        one behind its back, through `.data`, is not.)
         """
-        key = tuple(label_sequence)
-        signature = self._signature()
-        for remembered_state, remembered_signature, out, new_states in self.score_cache.get(key, ()):
-            if remembered_state is states and remembered_signature == signature:
-                return out, new_states
-        label = torch.tensor([[self._last(label_sequence)]], device=self.device)
-        out, memory = self.extend(label, self._memory(states))
-        out, new_states = out[0], self.select_state(self._documented(memory), 0)
-        self.score_cache.setdefault(key, []).append((states, signature, out, new_states))
+        last, key, signature = self._last(label_sequence), tuple(label_sequence), self._signature()
+        remembered = self.score_cache.get(key)
+        if remembered is not None and remembered[0] is states and remembered[1] == signature:
+            return remembered[2:]
+        out, new_states = self.inference(torch.tensor([[last]], device=self.device), states)
+        out, new_states = out[0], self.select_state(new_states, 0)
+        self.score_cache[key] = (states, signature, out, new_states)
         return out, new_states
 
     @torch.no_grad()
@@ -158,8 +161,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             batch_size: 0 or 1 for one hypothesis, in the shapes ESPnet documents: ema_state (D, N), prev_key
                 (1, 1, qk_size), prev_value (1, 1, v_size), whose zeros are never attended to; more for a batch.
         """
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool):
-            raise TypeError(f"batch_size must be an integer; got {batch_size!r} ({type(batch_size).__name__}).")
+        batch_size = _integer("batch_size", batch_size)
         if batch_size < 0:
             raise ValueError(f"batch_size must be 0 or more; got {batch_size}.")
         states = self._documented(self.empty_memory(max(batch_size, 1)))
@@ -174,7 +176,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         return states
 
     def select_state(self, states: Documented, idx: int) -> Documented:
-        """State of one hypothesis of a batched state.
+        """State of one hypothesis of a batched state: a view of it, which keeps the batch's memory alive.
 
         Raises:
             ValueError: there is no hypothesis `idx`.
@@ -217,7 +219,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         """One batched state of single ones, whatever the lengths of their histories."""
         if not new_states:
             return self._documented(self.empty_memory(0))
-        singles = [[self._complete(state) for state in states] for states in new_states]
+        singles = [self._completed(states) for states in new_states]
         ranks = {"ema_state": 2, "prev_pad": 1, "prev_input": 2}
         batched = []
         for b in range(self.num_blocks):
@@ -247,13 +249,30 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if "prev_pad" in state and "position" in state:
             return state
         rows = state["prev_key"].shape[:-1]
-        seen = torch.full(rows[:-1], rows[-1], dtype=torch.long)
-        return {"prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool), "position": seen, **state}
+        return {
+            "prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool),
+            "position": torch.full(rows[:-1], rows[-1], dtype=torch.long),
+            **state,
+        }
 
-    def _memory(self, states: Documented) -> MegaMemory:
+    def _completed(self, states: Documented) -> Documented:
+        """All blocks' states with all keys."""
+        if not isinstance(states, (list, tuple)) or not all(isinstance(state, dict) for state in states):
+            raise TypeError(
+                f"states must be a list with one dict a block; got {states!r:.80}. Start from init_state()."
+            )
         if len(states) != self.num_blocks:
             raise ValueError(f"states must hold one dict for each of the {self.num_blocks} blocks; got {len(states)}.")
-        states = [self._complete(state) for state in states]
+        complete = [self._complete(state) for state in states]
+        if "position" not in states[0] and states[0]["prev_key"].shape[-2] == 1:
+            # ESPnet documents zeros of one row as the state before the first label
+            zero = [state[k].eq(0).all(-1).all(-1) for state in states for k in ("ema_state", "prev_key", "prev_value")]
+            position = 1 - torch.stack([z.reshape(-1).cpu() for z in zero]).all(0).long()
+            complete = [{**state, "position": position.reshape(state["position"].shape)} for state in complete]
+        return complete
+
+    def _memory(self, states: Documented) -> MegaMemory:
+        states = self._completed(states)
         blocks = [
             BlockMemory(
                 _batched(state["ema_state"], 3),
@@ -296,11 +315,19 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     def _last(self, label_sequence: Sequence[int]) -> int:
         if not len(label_sequence):
             raise ValueError("label_sequence is empty; it must begin with the start label (blank).")
-        return int(label_sequence[-1])
+        return _integer("label_sequence", label_sequence[-1])
 
     def __getstate__(self) -> dict:
         """A copy or a pickle starts with nothing remembered."""
         return {**self.__dict__, "score_cache": {}}
+
+
+def _integer(name: str, value: Any) -> int:
+    """A Python, NumPy or torch integer; 0.7 is none."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must hold integers; got {value!r} ({type(value).__name__}).") from None
 
 
 def _single(tensor: Tensor, rank: int) -> Tensor:

@@ -5,6 +5,7 @@ import io
 import pickle
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from configurations import build, configurations, perturbed, random_labels, seeds
@@ -218,6 +219,36 @@ def test_a_state_made_by_hand_gives_the_right_answer(seed):
         decoder({**SMALL, "truncation_length": 3}).score(labels, by_hand)
     with pytest.raises(ValueError, match="state lacks prev_value"):
         model.score(labels, [{k: v for k, v in state.items() if k != "prev_value"} for state in by_hand])
+
+
+def test_espnets_documented_initial_state_made_by_hand(seed):
+    """Zeros of one row, without a position: nothing was seen yet, alone and in a batch."""
+    model = decoder()
+    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64)  # noqa: E731
+    start = [{"ema_state": zeros(24, 3), "prev_key": zeros(1, 1, 10), "prev_value": zeros(1, 1, 30)} for _ in range(4)]
+    want = forward_of(model, [0])
+    torch.testing.assert_close(model.score([0], start)[0][0], want, **EXACT)
+    later = state_after(model, [0, 4])
+    out, _ = model.batch_score([Hypothesis(0.0, [0], start), Hypothesis(0.0, [0, 4, 5], later)])
+    torch.testing.assert_close(out, torch.stack([want, forward_of(model, [0, 4, 5])]), **EXACT)
+
+
+def test_numpy_and_narrow_integers_are_labels(seed):
+    model = decoder()
+    labels = prefix(5)
+    want = forward_of(model, labels)
+    out, _ = model.score(np.array(labels), state_after(model, labels[:-1]))
+    torch.testing.assert_close(out[0], want, **EXACT)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        torch.testing.assert_close(model(torch.tensor([labels], dtype=dtype))[0, -1], want, **EXACT)
+    assert model.init_state(np.int64(2))[0]["ema_state"].shape[0] == 2
+
+
+def test_score_remembers_one_result_a_prefix(seed):
+    model = decoder()
+    for _ in range(5):
+        model.score([0], model.init_state(1))
+    assert len(model.score_cache) == 1 and len(model.score_cache[(0,)]) == 4
 
 
 def test_states_are_values(seed):
@@ -477,6 +508,48 @@ def test_built_under_meta_device_and_loaded():
     assert torch.equal(forward_of(model.eval(), prefix(1)), forward_of(source, prefix(1)))
 
 
+# -- tools that look into the model: what works with ESPnet's class works here
+
+
+@pytest.mark.parametrize("configuration", VARIANTS)
+def test_torch_export_with_any_batch_and_length(configuration, seed):
+    model = decoder(configuration, dtype=torch.float32)
+    dim = torch.export.Dim
+    shapes = ({0: dim("batch", min=1, max=64), 1: dim("length", min=6, max=39)},)
+    if configuration["chunk_size"] > 1:
+        pytest.skip("padding up to whole chunks makes the graph depend on the length, in ESPnet's class as well")
+    labels = torch.randint(1, 11, (3, 9))
+    exported = torch.export.export(model, (labels,), dynamic_shapes=shapes).module()
+    for B, L in ((2, 7), (5, 30)):
+        labels = torch.randint(1, 11, (B, L))
+        torch.testing.assert_close(exported(labels), model(labels))
+
+
+@pytest.mark.parametrize("configuration", VARIANTS[:2])
+def test_forward_is_one_graph_for_any_length(configuration, seed):
+    """torch.compile, without the C++ compiler that code generation would need."""
+    model = decoder(configuration, dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for L in (5, 8, 13):
+            labels = torch.randint(1, 11, (2, L))
+            torch.testing.assert_close(compiled(labels), model(labels))
+
+
+def test_jit_trace(seed):
+    model = decoder(dtype=torch.float32)
+    labels = torch.randint(1, 11, (2, 9))
+    traced = torch.jit.trace(model, (labels,))
+    other = torch.randint(1, 11, (2, 9))
+    torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.parametrize("rel_pos_bias_type", ["simple", "rotary"])
+def test_shapes_on_the_meta_device(rel_pos_bias_type):
+    model = MEGADecoder(11, **SMALL, rel_pos_bias_type=rel_pos_bias_type).to("meta")
+    assert model(torch.zeros(2, 5, dtype=torch.long, device="meta")).shape == (2, 5, 24)
+
+
 # -- refusals
 
 
@@ -531,10 +604,14 @@ def test_bad_arguments_are_refused_by_name(arguments, error, message):
         (lambda m: m(torch.ones(1, 41, dtype=torch.long)), ValueError, "Length 41 is too long .* 40"),
         (lambda m: m.inference(torch.tensor([[0]]), m.init_state(2)), ValueError, "labels hold 1 hypotheses, states 2"),
         (lambda m: m.inference(torch.tensor([[0]]), m.init_state(1)[1:]), ValueError, "one dict for each of the 4 blocks; got 3"),
+        (lambda m: m.score([0], m.init_state(2)), ValueError, "labels hold 1 hypotheses, states 2"),
+        (lambda m: m.score([0], None), TypeError, "states must be a list with one dict a block; got None"),
+        (lambda m: m.score([0], [None] * 4), TypeError, "states must be a list with one dict a block"),
+        (lambda m: m.score([0.7], m.init_state(1)), TypeError, r"label_sequence must hold integers; got 0.7"),
         (lambda m: m.score([], m.init_state(1)), ValueError, "label_sequence is empty"),
         (lambda m: m.select_state(m.init_state(2), 2), ValueError, "idx must be 0 to 1"),
         (lambda m: m.init_state(-1), ValueError, "batch_size must be 0 or more; got -1"),
-        (lambda m: m.init_state("1"), TypeError, "batch_size must be an integer"),
+        (lambda m: m.init_state("1"), TypeError, "batch_size must hold integers"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(call, error, message):

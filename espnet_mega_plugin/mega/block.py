@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_mega_plugin.mega.ema import MultiHeadDampedEMA
+from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.state import BlockMemory
 
 
@@ -145,4 +146,4 @@ class MegaBlock(nn.Module):
 
 def _softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, in float32 or better, returned in the dtype of `scores`."""
-    return torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)

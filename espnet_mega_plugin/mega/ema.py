@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.mega.precision import at_least_float32, without_autocast
+
 
 class Coefficients(NamedTuple):
     """In float32 or better: in bfloat16 a decay of 0.999 rounds to 1."""
@@ -65,7 +67,7 @@ class MultiHeadDampedEMA(nn.Module):
         nn.init.normal_(self.residual_weight)
 
     def coefficients(self) -> Coefficients:
-        exact = torch.promote_types(self.damping_factor.dtype, torch.float32)
+        exact = at_least_float32(self.damping_factor.dtype)
         p = torch.sigmoid(self.damping_factor.to(exact))
         q = 1.0 - p * torch.sigmoid(self.decay_factor.to(exact))
         weight = p * self.ema_expansion_matrix.to(exact)
@@ -92,8 +94,8 @@ class MultiHeadDampedEMA(nn.Module):
             out: gated average, in the dtype of `x`. (L, B, D)
         """
         L = x.shape[0]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        exact = at_least_float32(x.dtype)
+        with without_autocast(x.device):
             seen = x.permute(1, 2, 0).masked_fill(padding[:, None], 0.0).to(exact)
             # 2 * L: a shorter transform wraps around and lets the end of the sequence leak into its start
             spectrum = torch.fft.rfft(seen, n=2 * L) * torch.fft.rfft(self.kernel(L).to(exact), n=2 * L)
@@ -114,7 +116,7 @@ class MultiHeadDampedEMA(nn.Module):
             state: h after the new labels, float32 or better. (B, D, N)
             inputs: the last K-1 inputs after the new labels; None without truncation. (B, W', D)
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             coefficients = self.coefficients()
             exact = torch.promote_types(x.dtype, coefficients.decay.dtype)
             seen = x.masked_fill(padding[..., None], 0.0).to(exact)

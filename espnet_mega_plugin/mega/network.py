@@ -6,8 +6,8 @@ One truth: `forward` over a whole label sequence. `extend` goes on from a memory
 any histories, and gives what `forward` gives at those places (tests/mega/test_laws.py).
 
 A label equal to `pad_idx` after the first place is padding: it adds nothing to the moving average, and a query sees it
-only where its chunk holds nothing else up to there (ESPnet's rule wherever ESPnet's result is finite; a chunk that
-begins with padding gives NaN there).
+only where its chunk holds nothing else up to there. That is ESPnet's rule but for a chunk that begins with padding and
+holds a label later: there ESPnet's softmax is over nothing and NaN.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from espnet_mega_plugin.mega.block import MegaBlock, Reach
 from espnet_mega_plugin.mega.feed_forward import NormalizedPositionwiseFeedForward
 from espnet_mega_plugin.mega.normalization import build_normalization
 from espnet_mega_plugin.mega.position_bias import build_position_bias
+from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 
 
@@ -114,7 +115,7 @@ class MegaNetwork(nn.Module):
             TypeError, ValueError: labels are no (B, L) integers, or (on a CPU) outside the vocabulary.
             ValueError: L exceeds `max_positions` (rel_pos_bias_type simple, no chunks).
         """
-        self._check_labels(labels)
+        labels = self._checked(labels)
         B, L = labels.shape
         if labels.numel() == 0:
             return self.embed(labels)
@@ -133,7 +134,7 @@ class MegaNetwork(nn.Module):
     def empty_memory(self, batch_size: int) -> MegaMemory:
         """What is remembered before the first label, on the parameters' device and in their dtype."""
         weight = self.embed.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
+        exact = at_least_float32(weight.dtype)
         blocks = [
             BlockMemory(
                 ema=weight.new_zeros(batch_size, self.output_size, self.mega_ema_num_heads, dtype=exact),
@@ -160,7 +161,7 @@ class MegaNetwork(nn.Module):
 
         Past `max_positions` (where `forward` refuses) distances beyond the table use its last entry.
         """
-        self._check_labels(labels)
+        labels = self._checked(labels)
         B, L = labels.shape
         x = self.embed(labels)
         if labels.numel() == 0:
@@ -196,10 +197,10 @@ class MegaNetwork(nn.Module):
             chunk = offset.div(self.chunk_size, rounding_mode="floor")
             out_of_reach = out_of_reach | (chunk[:, W:, None] != chunk[:, None])
         hidden = _hide_padding(out_of_reach, padding[:, None])
-        kept = max((self.attended_labels(p + L) for p in positions), default=0)
+        kept = max([0, *(self.attended_labels(p + L) for p in positions)])
         return Reach(hidden, distance.clamp(min=0), kept)
 
-    def _check_labels(self, labels: Tensor) -> None:
+    def _checked(self, labels: Tensor) -> Tensor:
         if (
             not isinstance(labels, Tensor)
             or labels.is_floating_point()
@@ -217,6 +218,7 @@ class MegaNetwork(nn.Module):
                     f"labels must lie in 0 .. vocab_size - 1 = {self.vocab_size - 1}; got values from {low} to {high}. "
                     f"Padding is marked by {self.pad_idx} (embed_pad), not by -1."
                 )
+        return labels.long()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Refuse weights that do not fit, by ValueError: ESPnet loads with strict=False and would decode garbage."""

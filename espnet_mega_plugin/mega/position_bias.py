@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.mega.precision import at_least_float32, without_autocast
+
 
 class RelativePositionBias(nn.Module):
     """`simple`: one learnt number a distance.
@@ -35,7 +37,10 @@ class RelativePositionBias(nn.Module):
                 f"(no limit) or with a chunk_size."
             )
         first = self.max_positions - length
-        return self.relative_position_bias[first : first + 2 * length - 1].unfold(0, length, 1).flip(0)
+        near = self.relative_position_bias[first : first + 2 * length - 1]
+        # Rows of 2L numbers, cut anew into rows of 2L - 1: each row stands one place further right than the one above
+        rows = nn.functional.pad(near, (0, 1)).expand(length, -1).reshape(-1)[: length * (2 * length - 1)]
+        return rows.view(length, 2 * length - 1)[:, length - 1 :]
 
     def by_distance(self, count: int) -> Tensor:
         """Distances beyond the table use its last entry, so that decoding outlives `max_positions`."""
@@ -61,7 +66,7 @@ class RotaryRelativePositionBias(nn.Module):
 
     def _angles(self, count: int) -> Tensor:
         """Angle of each place and pair of channels, float32 or better. (count, size / 2)"""
-        exact = torch.promote_types(self.alpha.dtype, torch.float32)
+        exact = at_least_float32(self.alpha.dtype)
         half = self.size // 2
         speed = torch.exp(torch.arange(half, dtype=exact, device=self.alpha.device) * -(math.log(10000) / half))
         return torch.arange(count, dtype=exact, device=self.alpha.device)[:, None] * speed
@@ -73,17 +78,15 @@ class RotaryRelativePositionBias(nn.Module):
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
 
     def matrix(self, length: int) -> Tensor:
-        with torch.autocast(self.alpha.device.type, enabled=False):
+        with without_autocast(self.alpha.device):
             angles = self._angles(length)
             bias = torch.einsum("mk,nk->mn", self._turned(self.alpha, angles), self._turned(self.beta, angles))
             return bias.to(self.alpha.dtype)
 
     def by_distance(self, count: int) -> Tensor:
-        with torch.autocast(self.alpha.device.type, enabled=False):
+        with without_autocast(self.alpha.device):
             # the key stands at 0, the query at d
-            bias = self._turned(self.alpha, self._angles(count)) @ self.beta[0].to(
-                torch.promote_types(self.alpha.dtype, torch.float32)
-            )
+            bias = self._turned(self.alpha, self._angles(count)) @ self.beta[0].to(at_least_float32(self.alpha.dtype))
             return bias.to(self.alpha.dtype)
 
 

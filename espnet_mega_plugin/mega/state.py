@@ -10,8 +10,10 @@ ESPnet's searches hold a state as a list with one dict a block. The keys of that
     prev_input   with truncation_length K: the last K-1 block inputs       (W', D), float32 or better
 
 These are the shapes for one hypothesis; a batch has one more dimension in front, shorter histories stand at the
-right end, and what is in front of them is never read (it may hold anything: the position tells). Only the first three
-are needed to build a state by hand; then every row of `prev_key` counts as a label.
+right end, and what is in front of them is not attended to, whatever numbers it holds: the position tells.
+
+Only the first three are needed to build a state by hand; then every row of `prev_key` counts as a label, but for a
+state of a single row that is zero in all blocks, which is what ESPnet documents as the state before the first label.
 
 Positions live on the CPU so that cutting a row out of a batch waits for no GPU.
 """
