@@ -54,3 +54,42 @@ def fastemit_gradient(logits: Tensor, labels: list[int], blank: int, fastemit_la
     for u, label in enumerate(labels):
         gradient[:, u, label] -= by_label[:, u]
     return gradient
+
+
+# ---- k2's lattices: every path, one by one --------------------------------------------------------------------------
+
+
+def one_arc_a_frame(T: int, U: int) -> Iterator[list[tuple[int, int, bool]]]:
+    """Every way to write U labels in T frames of one arc each, as its cells (t, u) with whether a label leaves there."""
+    for chosen in itertools.combinations(range(T), U):
+        yield [(t, sum(c < t for c in chosen), t in chosen) for t in range(T)]
+
+
+def sum_over_paths(blank: Tensor, label: Tensor, topology: str) -> Tensor:
+    """log P of one utterance, differentiable; -inf without paths. blank (T, U+1), label (T, U)"""
+    T, U1 = blank.shape
+    totals = []
+    for path in alignments(T, U1 - 1) if topology == "regular" else one_arc_a_frame(T, U1 - 1):
+        total = blank.new_zeros(())
+        for t, u, is_label in path:
+            total = total + (label[t, u] if is_label else blank[t, u])
+            if is_label and topology == "constrained":  # and goes on to the next frame by a blank
+                total = total + blank[t, u + 1]
+        totals.append(total)
+    return torch.stack(totals).logsumexp(0) if totals else blank.new_full((), -torch.inf)
+
+
+def smoothed_scores(
+    lm: Tensor, am: Tensor, labels: list[int], blank: int, lm_only: float, am_only: float, frequency: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of blank (T, U+1) and label (T, U) of one utterance: a mixture of three models' log-probabilities.
+
+    lm (U+1, V), am (T, V); frequency (V,) of the classes.
+    """
+    mixture = (
+        (1 - lm_only - am_only) * (am[:, None] + lm).log_softmax(-1)
+        + lm_only * lm.log_softmax(-1)
+        + am_only * (am + frequency.log()).log_softmax(-1)[:, None]
+    )
+    at_label = [mixture[:, u, label] for u, label in enumerate(labels)]
+    return mixture[..., blank], torch.stack(at_label, 1) if at_label else mixture[:, :0, blank]
