@@ -16,7 +16,17 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import entry_points
 
 from espnet_mega_plugin import __version__
-from espnet_mega_plugin.attach import LOSS_SWITCH, PLUGIN_LOSS, SWITCH, TASKS, WARPRNNT, is_off, loss_in_use, version_of
+from espnet_mega_plugin.attach import (
+    LOSS_SWITCH,
+    PLUGIN_LOSS,
+    SWITCH,
+    TASKS,
+    WARPRNNT,
+    is_off,
+    loss_in_use,
+    loss_is_forced,
+    version_of,
+)
 
 ESPNET_LINES = ("202511", "202611")
 PLUGIN_CLASS = "espnet_mega_plugin.decoder.MEGADecoder"
@@ -142,17 +152,21 @@ def _how_to_attach() -> str:
 
 
 def _look_at_loss(report: Report) -> None:
+    try:
+        loss_is_forced()
+    except ValueError as error:  # looking further would raise it again: the plugin's import hook asks the same
+        report.loss = {WARPRNNT: None, LOSS_SWITCH: os.environ[LOSS_SWITCH], "error": _say(error)}
+        report.error(str(error), f"unset {LOSS_SWITCH}")
+        return
     error = _attempt(WARPRNNT)
     if error is None and not hasattr(sys.modules[WARPRNNT], "RNNTLoss"):
         error = ImportError(f"{WARPRNNT} has no RNNTLoss")
     report.loss = {WARPRNNT: loss_in_use(), LOSS_SWITCH: os.environ.get(LOSS_SWITCH)}
     if error is not None:
         report.loss["error"] = _say(error)
-    if os.environ.get(LOSS_SWITCH, "").lower() not in ("", "auto", "plugin"):
-        report.error(f"{LOSS_SWITCH}={os.environ[LOSS_SWITCH]}: known are 'auto' and 'plugin'.", f"unset {LOSS_SWITCH}")
-    elif error is None:
+    if error is None:
         return
-    elif is_off():
+    if is_off():
         report.warning(f"{WARPRNNT} cannot be imported ({_say(error)}): no transducer trains.", f"unset {SWITCH}")
     elif report.loss[WARPRNNT] is None:
         report.error(f"{WARPRNNT} is not answered by the plugin's loss: no transducer trains.", _how_to_attach())
