@@ -63,6 +63,14 @@ def options(reduction: str, fastemit_lambda: float, threshold: float | None = No
         _number("threshold", threshold, "None or a number from 0 to below 1", 1)
 
 
+def blank_alone(blank: int) -> None:
+    """Refuse a blank that is wrong for every vocabulary."""
+    if isinstance(blank, bool) or not isinstance(blank, Integral):
+        raise TypeError(f"blank must be an int; got {type(blank).__name__}.")
+    if blank < -1:
+        raise ValueError(f"blank must be a class from 0 up, or -1 for the last one; got {blank}.")
+
+
 def _number(name: str, value: float, wanted: str, below: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
@@ -98,8 +106,7 @@ def _shapes_and_types(acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens
     for name in ("act_lens", "label_lens"):
         if named[name].shape != (B,):
             raise ValueError(f"{name} must be (B,) = ({B},) as in acts; got {tuple(named[name].shape)}.")
-    if isinstance(blank, bool) or not isinstance(blank, Integral):
-        raise TypeError(f"blank must be an int; got {type(blank).__name__}.")
+    blank_alone(blank)
     if B and not -1 <= blank < V:
         raise ValueError(f"blank must be a class from 0 to V - 1 = {V - 1}, or -1 for the last one; got {blank}.")
     return V - 1 if blank == -1 else int(blank)

@@ -49,6 +49,8 @@ def rnnt_loss(
         inplace: whether backward may write the gradient over ``acts``, which saves a tensor of their size. It does so
             where they are contiguous, no leaf and no part of a larger tensor, and not under activation checkpointing
             (`wavefront.may_overwrite`). A second backward, or another operation's that needs them, then raises.
+            Nothing raises where detached views of them (``acts.detach()``, ``acts.data``) are read after backward:
+            these hold the gradient then.
         threshold: cells whose posterior is at most this get a gradient of exactly 0. None: 1e-9, and 1e-18 for
             float64, below the gradient's own rounding; 0 keeps all.
         check: whether the values of labels and lengths are checked. None: where this needs no synchronisation with
@@ -62,8 +64,7 @@ def rnnt_loss(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     arguments.options(reduction, fastemit_lambda, threshold)
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(METHODS)))}; got {method!r}.")
+    _known(method)
     given = arguments.problem(acts, labels, act_lens, label_lens, blank, check)
     if len(acts):
         compute = METHODS["wavefront" if method == "auto" else method]
@@ -78,16 +79,33 @@ def rnnt_loss(
     return total / max(1, len(costs)) if reduction == "mean" else total
 
 
-class RNNTLoss(torch.nn.Module):
-    """`rnnt_loss` as a module; options beyond warp-transducer's are passed on to it by name."""
+def _known(method: str) -> None:
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(METHODS)))}; got {method!r}.")
 
-    def __init__(self, blank: int = 0, fastemit_lambda: float = 0.001, reduction: str = "mean", **options):
+
+class RNNTLoss(torch.nn.Module):
+    """`rnnt_loss` as a module: warp-transducer's arguments in its order, then by name those that are ours."""
+
+    def __init__(
+        self,
+        blank: int = 0,
+        fastemit_lambda: float = 0.001,
+        reduction: str = "mean",
+        *,
+        method: str = "auto",
+        inplace: bool = True,
+        threshold: float | None = None,
+        check: bool | None = None,
+    ):
         super().__init__()
-        arguments.options(reduction, fastemit_lambda)
+        arguments.options(reduction, fastemit_lambda, threshold)
+        arguments.blank_alone(blank)
+        _known(method)
         self.blank = blank
         self.fastemit_lambda = fastemit_lambda
         self.reduction = reduction
-        self.options = options
+        self.options = {"method": method, "inplace": inplace, "threshold": threshold, "check": check}
 
     def forward(self, acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor) -> Tensor:
         return rnnt_loss(

@@ -86,7 +86,15 @@ def test_the_module_refuses_when_it_is_made():
     with pytest.raises(ValueError, match="fastemit_lambda must be"):
         RNNTLoss(fastemit_lambda=-1)
     with pytest.raises(TypeError, match="unexpected keyword argument 'clamp'"):
-        RNNTLoss(clamp=1.0)(*GOOD.values())
+        RNNTLoss(clamp=1.0)
+    with pytest.raises(TypeError, match="blank must be an int; got str"):
+        RNNTLoss(blank="a")
+    with pytest.raises(ValueError, match="blank must be a class from 0 up, or -1 for the last one; got -2"):
+        RNNTLoss(blank=-2)
+    with pytest.raises(ValueError, match="method must be 'auto' or one of .*; got 'numba'"):
+        RNNTLoss(method="numba")
+    with pytest.raises(ValueError, match="threshold must be"):
+        RNNTLoss(threshold=1.0)
 
 
 def test_blank_minus_one_is_the_last_class():
