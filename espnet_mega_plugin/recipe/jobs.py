@@ -8,6 +8,7 @@ runs the command once for JOB = 1..4. When one fails, the others are stopped and
 import argparse
 import json
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -136,7 +137,8 @@ def leave_on_signals() -> None:
 
 
 def numbered(text: str, job: int) -> str:
-    return text.replace("JOB", str(job))
+    """With the job's number for the word JOB, as in `stats.JOB.log`; `JOBS` and `MY_JOB` are other words."""
+    return re.sub(r"\bJOB\b", str(job), text)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from espnet_mega_plugin.recipe.decode import MERGED, merge, plan
-from espnet_mega_plugin.recipe.jobs import Job, JobFailed, module_and_arguments, run_jobs
+from espnet_mega_plugin.recipe.jobs import Job, JobFailed, module_and_arguments, numbered, run_jobs
 from espnet_mega_plugin.recipe.progress import LogFollower, clock
 from espnet_mega_plugin.recipe.stats import even_parts, number_of_jobs, split_keys, write_text_shapes
 
@@ -90,6 +90,13 @@ def test_command_line_numbers_its_jobs(tmp_path):
     ]
     failing = subprocess.run([*call, "--", "ls", f"{tmp_path}/nothing/JOB"], capture_output=True, text=True)
     assert failing.returncode == 1 and "nothing" in failing.stderr
+
+
+def test_only_the_word_job_is_a_number():
+    """Folders and options of the user may have the letters in a name."""
+    for text in ("exp/JOBS/logdir/stats.JOB.log", "exp/MYJOB/x.JOB", "exp/MY_JOB_1/train.JOB.scp", "JOB", "/JOB/"):
+        *names, last = text.rsplit("JOB", 1)
+        assert numbered(text, 7) == "7".join([*names, last])
 
 
 def test_module_of_a_command():
