@@ -89,14 +89,21 @@ def word_error_table(exp: Path) -> str:
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def experiments(expdir: Path, asr_exp: Path) -> list[Path]:
+    """The experiments of a folder and this one, which may lie elsewhere; each once, sorted."""
+    others = [exp for exp in expdir.glob("asr_*") if exp.resolve() != asr_exp.resolve()]
+    return sorted([*others, asr_exp])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--asr_exp", type=Path, required=True, help="its RESULTS.md is written")
-    parser.add_argument("--expdir", type=Path, required=True, help="all its experiments go into ./RESULTS.md")
+    parser.add_argument("--expdir", type=Path, required=True, help="all its experiments and asr_exp: ./RESULTS.md")
     args = parser.parse_args()
     try:
         (args.asr_exp / "RESULTS.md").write_text(results_page([args.asr_exp], Path()), encoding="utf-8")
-        Path("RESULTS.md").write_text(results_page(sorted(args.expdir.glob("asr_*")), Path()), encoding="utf-8")
+        page = results_page(experiments(args.expdir, args.asr_exp), Path())
+        Path("RESULTS.md").write_text(page, encoding="utf-8")
     except ValueError as error:
         sys.exit(f"results: {error}")
     print(word_error_table(args.asr_exp))

@@ -151,8 +151,12 @@ def splitters(token_type: str, bpemodel: Path | None) -> dict[str, Splitter]:
     return {"wer": words, "cer": characters, "ter": tokens[token_type]()}
 
 
-def score_folder(data: Path, decoded: Path, split: Mapping[str, Splitter], case_sensitive: bool, clean) -> None:
+def score_folder(data: Path, decoded: Path, split: Mapping[str, Splitter], case_sensitive: bool, clean) -> int:
     """Write `score_<name>/{ref.trn,hyp.trn,result.txt}` below `decoded` for every way to split.
+
+    Returns:
+        How many utterances have no hypothesis. Their lines in the tables of stage 12 have no value, `score` included;
+        an utterance in which nothing was recognised has a score.
 
     Raises:
         FileNotFoundError: there is no `text` in either folder.
@@ -162,6 +166,7 @@ def score_folder(data: Path, decoded: Path, split: Mapping[str, Splitter], case_
     references = {utt: clean(text) for utt, text in read_table(data / "text", empty_values=True).items()}
     hypotheses = {utt: clean(text) for utt, text in read_table(decoded / "text", empty_values=True).items()}
     speakers = read_table(data / "utt2spk")
+    scores = read_table(decoded / "score", empty_values=True) if (decoded / "score").exists() else {}
     for name, splitter in split.items():
         folder = decoded / f"score_{name}"
         folder.mkdir(exist_ok=True)
@@ -170,6 +175,7 @@ def score_folder(data: Path, decoded: Path, split: Mapping[str, Splitter], case_
             (folder / f"{side}.trn").write_text("".join(lines), encoding="utf-8")
         table = result_table(score(references, hypotheses, splitter, case_sensitive), speakers)
         (folder / "result.txt").write_text(table, encoding="utf-8")
+    return sum(utt not in hypotheses or not (hypotheses[utt] or scores.get(utt, "given")) for utt in references)
 
 
 def text_cleaner(name: str):
@@ -196,7 +202,14 @@ def main() -> None:
         split, clean = splitters(args.token_type, args.bpemodel), text_cleaner(args.cleaner)
         for tag in args.tags.split():
             for name in args.test_sets.split():
-                score_folder(args.data_dir / name, args.asr_exp / tag / name, split, args.case_sensitive, clean)
+                decoded = args.asr_exp / tag / name
+                lost = score_folder(args.data_dir / name, decoded, split, args.case_sensitive, clean)
+                if lost:
+                    utterances = f"{lost} of {len(read_table(args.data_dir / name / 'utt2spk'))} utterances of {name}"
+                    print(
+                        f"warning: {decoded}: {utterances} have no hypothesis; counted as deleted words",
+                        file=sys.stderr,
+                    )
     except (OSError, ValueError) as error:
         sys.exit(f"score: {error}")
 

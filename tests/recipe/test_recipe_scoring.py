@@ -2,6 +2,10 @@
 
 import random
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jiwer
 import pytest
@@ -142,6 +146,44 @@ def test_screen_table_has_a_row_a_decoding(experiment):
     assert head.split()[3:] == ["org/dev", "test"]
     assert [row.split()[0] for row in rows] == ["decode_a", "decode_b"]
     assert rows[1].split()[1:] == ["66.7", "(33.3/0.0/33.3)"] * 2
+
+
+def command(name: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    call = [sys.executable, "-m", f"espnet_mega_plugin.recipe.{name}", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, cwd=cwd, check=True)
+
+
+def test_utterances_without_a_hypothesis_are_told_about(tmp_path):
+    """Not in `text`, or there only as the bare line that stage 12 writes; an empty hypothesis has a score."""
+    data, exp = tmp_path / "dump" / "raw", tmp_path / "exp" / "asr_x"
+    references = {f"s-{i}": "one two" for i in range(4)}
+    write_table(data / "test" / "text", references)
+    write_table(data / "test" / "utt2spk", dict.fromkeys(references, "s"))
+    (exp / "tag" / "test").mkdir(parents=True)
+    options = ["--asr_exp", exp, "--data_dir", data, "--test_sets", "test", "--tags", "tag", "--token_type", "word"]
+
+    (exp / "tag" / "test" / "text").write_text("s-0 one two\ns-1\ns-2\n")
+    (exp / "tag" / "test" / "score").write_text("s-0 -1.5\ns-1 -2.5\ns-2\n")
+    told = command("score", *options, cwd=tmp_path).stderr
+    assert "2 of 4 utterances of test have no hypothesis; counted as deleted words" in told
+    assert f"{exp / 'tag' / 'test'}: " in told
+
+    (exp / "tag" / "test" / "text").write_text("s-0 one two\ns-1\ns-2 one\ns-3\n")
+    (exp / "tag" / "test" / "score").write_text("s-0 -1.5\ns-1 -2.5\ns-2 -3.5\ns-3 -4.5\n")
+    assert "no hypothesis" not in command("score", *options, cwd=tmp_path).stderr
+
+
+def test_results_hold_this_experiment_wherever_it_lies(experiment, tmp_path):
+    """Beside those of expdir, and once, however its folder is written."""
+    shutil.copytree(experiment, tmp_path / "my" / "exp")
+    for asr_exp, wanted in (
+        ("my/exp", ["exp/asr_x", "my/exp"]),
+        ("exp/asr_x", ["exp/asr_x"]),
+        (experiment, [str(experiment)]),
+    ):
+        command("results", "--asr_exp", asr_exp, "--expdir", "exp", cwd=tmp_path)
+        titles = re.findall(r"^## (?!Environments)(.*)$", (tmp_path / "RESULTS.md").read_text(), re.MULTILINE)
+        assert titles == wanted
 
 
 def test_missing_decoding_and_unreadable_result(experiment, tmp_path):
