@@ -129,9 +129,10 @@ def hertz(text: str) -> int:
     """`16k` or `16000` -> 16000.
 
     Raises:
-        ValueError: neither form.
+        ValueError: neither form, or below 1000 Hz: kilohertz without their `k`.
     """
     number = text.removesuffix("k")
-    if not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise ValueError(f"sampling rate {text!r}: expected a number of hertz such as 16000 or 16k")
-    return round(float(number) * (1000 if text.endswith("k") else 1))
+    rate = float(number) * (1000 if text.endswith("k") else 1) if number.replace(".", "", 1).isdigit() else 0
+    if rate < 1000:
+        raise ValueError(f"--fs {text!r}: expected a sampling rate of at least 1000 Hz such as 16000 or 16k")
+    return round(rate)

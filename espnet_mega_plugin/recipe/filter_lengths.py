@@ -46,14 +46,15 @@ def filter_directory(source: Path, target: Path, rate: int, shortest: float, lon
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fs", type=hertz, default=16000)
+    parser.add_argument("--fs", default="16k", help="sampling rate: 16000 or 16k")
     parser.add_argument("--min_wav_duration", type=float, required=True, help="seconds")
     parser.add_argument("--max_wav_duration", type=float, required=True, help="seconds")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     try:
-        left_out = filter_directory(args.source, args.target, args.fs, args.min_wav_duration, args.max_wav_duration)
+        shortest, longest = args.min_wav_duration, args.max_wav_duration
+        left_out = filter_directory(args.source, args.target, hertz(args.fs), shortest, longest)
     except (OSError, ValueError) as error:
         sys.exit(f"filter_lengths: {error}")
     for reason, utterances in left_out.items():

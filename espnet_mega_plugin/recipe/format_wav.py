@@ -83,14 +83,14 @@ def _format_recording(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fs", type=hertz, default=16000, help="sampling rate: 16000 or 16k")
+    parser.add_argument("--fs", default="16k", help="sampling rate: 16000 or 16k")
     parser.add_argument("--audio_format", default="flac", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--nj", type=int, default=1, help="parallel processes")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args()
     try:
-        problems = format_directory(args.source, args.target, args.fs, args.audio_format, args.nj)
+        problems = format_directory(args.source, args.target, hertz(args.fs), args.audio_format, args.nj)
     except (OSError, ValueError) as error:
         sys.exit(f"format_wav: {error}")
     for problem in problems:

@@ -1,6 +1,7 @@
 """Stages 2 to 4: speed perturbation, formatting, the length filter."""
 
 import shlex
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -158,9 +159,17 @@ def test_resampling_removes_what_the_rate_cannot_hold():
 
 def test_rates():
     assert [hertz(text) for text in ("16k", "16000", "22.05k", "8k")] == [16000, 16000, 22050, 8000]
-    for text in ("", "k", "fast", "-8k", "0", "16K"):
-        with pytest.raises(ValueError, match="sampling rate"):
+    for text in ("", "k", "fast", "-8k", "0", "16K", "16", "999", "0.5k"):
+        with pytest.raises(ValueError, match=f"--fs {text!r}: expected .* at least 1000 Hz such as 16000 or 16k"):
             hertz(text)
+
+
+@pytest.mark.parametrize("step", ["format_wav", "filter_lengths --min_wav_duration 0 --max_wav_duration 9"])
+def test_a_rate_in_kilohertz_without_its_k_is_refused(tmp_path, step):
+    call = [sys.executable, "-m", *f"espnet_mega_plugin.recipe.{step} --fs 16".split(), "source", "target"]
+    refused = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 1 and not list(tmp_path.iterdir())
+    assert "--fs '16': expected" in refused.stderr and "Traceback" not in refused.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -83,6 +83,12 @@ def test_missing_input(folder, stage, there, missing, made_by):
         ("--feats_normalize local", "expected global_mvn, utterance_mvn or none"),
         ("--score_opts -x", "only -s is known"),
         ("--skip_stages all", "expected numbers"),
+        ("--stage 16", "--stage 16: the last stage is 15"),
+        ("--stage 5 --stop_stage 3", "--stop_stage 3 comes before --stage 5"),
+        ("--ngpu -1", "--ngpu -1: expected 0 (the CPU) or more"),
+        ("--fs 16", "--fs 16: expected a sampling rate of at least 1000 Hz such as 16000 or 16k"),
+        ("--fs 0.5k", "--fs 0.5k: expected"),
+        ("--fs 16K", "--fs 16K: expected"),
         ("--inference_tag x --inference_config 'a.yaml b.yaml'", "names one decoding"),
         ("--use-ml true", "unknown option --use-ml; did you mean --use_lm"),
     ],
@@ -100,6 +106,31 @@ def test_refusals(folder, arguments, message):
 def test_free_stages_say_so(folder, stage, what):
     result = stages(folder, "--stage", str(stage), "--stop_stage", str(stage))
     assert result.returncode == 0 and f"Stage {stage} is kept free for " in result.stdout and what in result.stdout
+
+
+@pytest.mark.parametrize("fs", ["8000", "22.05k", "16k"])
+def test_sampling_rates(folder, fs):
+    assert stages(folder, "--fs", fs, "--stage", "14").returncode == 0
+
+
+def with_data_stage(folder: Path, script: str) -> Path:
+    (folder / "local").mkdir()
+    (folder / "local" / "data.sh").write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / "local" / "data.sh").chmod(0o755)
+    return folder
+
+
+def test_the_first_stage_names_each_set_of_data_once(folder):
+    options = ["--stop_stage", "1", "--test_sets", "dev test dev", "--speed_perturb_factors", "0.9 1.0"]
+    result = stages(with_data_stage(folder, "true"), *options)
+    assert result.returncode == 0 and " Stage 1: data: data/{train,dev,test}\n" in result.stdout
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(folder, monkeypatch, given, wanted):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    result = stages(with_data_stage(folder, "echo threads are ${OMP_WAIT_POLICY}"), "--stop_stage", "1")
+    assert f"\nthreads are {wanted}\n" in result.stdout
 
 
 def test_missing_configuration_is_named(folder):

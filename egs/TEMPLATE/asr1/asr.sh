@@ -106,6 +106,11 @@ eval "${_given}"
 [ -n "${test_sets}" ] || die "--test_sets is required"
 [ "${asr_task}" = asr_transducer ] || die "--asr_task ${asr_task}: this recipe knows asr_transducer alone"
 [ "${feats_type}" = raw ] || die "--feats_type ${feats_type}: only raw here; features are computed in the model"
+[ "${stage}" -le 15 ] || die "--stage ${stage}: the last stage is 15"
+[ "${stop_stage}" -ge "${stage}" ] || die "--stop_stage ${stop_stage} comes before --stage ${stage}: no stage would run"
+[[ "${fs}" =~ ^([1-9][0-9]{3,}|[1-9][0-9]*(\.[0-9]+)?k)$ ]] \
+    || die "--fs ${fs}: expected a sampling rate of at least 1000 Hz such as 16000 or 16k"
+[ "${ngpu}" -ge 0 ] || die "--ngpu ${ngpu}: expected 0 (the CPU) or more"
 [ "${num_nodes}" -eq 1 ] || die "--num_nodes ${num_nodes}: only 1 here; use ESPnet's own asr.sh for clusters"
 ! "${use_lm}" || die "--use_lm true: stages 6 (statistics), 7 (training), 8 (perplexity) and 9 (n-gram) are not here yet"
 case "${audio_format}" in wav|flac) ;; *) die "--audio_format ${audio_format}: expected wav or flac" ;; esac
@@ -169,6 +174,9 @@ for _config in ${inference_configs}; do
 done
 inference_tags=${inference_tags# }
 
+# Each word once: a set may be both for validation and for tests
+once() { printf '%s\n' "$@" | awk '!seen[$0]++'; }
+
 eval_sets=${test_sets}
 ! "${eval_valid_set}" || eval_sets="org/${valid_set} ${test_sets}"
 
@@ -196,7 +204,7 @@ done
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-if begin 1 "data: data/{${train_set},${valid_set},${test_sets// /,}}"; then
+if begin 1 "data: data/{$(once "${original_train_set}" "${valid_set}" ${test_sets} | paste -sd, -)}"; then
     [ -e local/data.sh ] || die "local/data.sh is missing in ${PWD}: it makes the data directories"
     # shellcheck disable=SC2086
     run local/data.sh ${local_data_opts}
@@ -215,7 +223,7 @@ if begin 3 "format: data -> ${data_feats}"; then
         _stage=1; [ "${_set}" = "${original_train_set}" ] || [ "${_set}" != "${train_set}" ] || _stage=2
         need "data/${_set}/wav.scp" "${_stage}"
     done
-    for _set in $(printf '%s\n' ${train_set} ${valid_set} ${test_sets} | awk '!seen[$0]++'); do
+    for _set in $(once ${train_set} ${valid_set} ${test_sets}); do
         _org=""; { [ "${_set}" != "${train_set}" ] && [ "${_set}" != "${valid_set}" ]; } || _org=/org
         recipe format_wav --nj "${nj}" --fs "${fs}" --audio_format "${audio_format}" \
             "data/${_set}" "${data_feats}${_org}/${_set}"

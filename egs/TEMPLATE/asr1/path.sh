@@ -10,3 +10,5 @@ export LC_ALL=C.UTF-8              # one sorting order and one encoding, whateve
 export PYTHONIOENCODING=UTF-8
 export PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # jobs run side by side, one core each; training: --train_threads
+# Two threads that spin while they wait made a training several times slower on a machine with other work
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
