@@ -1,0 +1,124 @@
+"""The Triton kernels without a GPU: their laws in Triton's interpreter, and what the compiler makes of them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: the kernels are not tested")
+# ruff: noqa: E402
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from espnet_mega_plugin.rnnt import kernels
+
+HERE = Path(__file__).parent
+PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
+INTEGERS = dict.fromkeys(("labels", "frame_lengths", "label_lengths"), "*i64")
+SIZES = dict.fromkeys(("T", "U1", "V", "blank", "N"), "i32")
+
+
+def test_laws_in_the_interpreter():
+    """`kernel_laws.py`, in a process of its own: the interpreter is chosen when Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernel_laws.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_other_devices_are_refused():
+    acts = torch.zeros(1, 2, 1, 3)
+    lengths = torch.tensor([2]), torch.tensor([0])
+    with pytest.raises(ValueError, match="method 'triton' needs logits on a CUDA device; got cpu"):
+        kernels.triton_rnnt_loss(acts, torch.zeros(1, 0, dtype=torch.int64), *lengths)
+
+
+def cases():
+    """Kernel, types of the pointers that have the logits' and the planes' types, constants, warps."""
+    for logits, plane in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
+        for name in ("row_statistics", "gradient"):
+            yield pytest.param(name, logits, plane, {"COLUMNS": 1024}, 4, id=f"{name}-{logits}")
+    for plane, width in (("fp32", 64), ("fp32", 256), ("fp32", 2048), ("fp64", 128)):
+        constants = {"WIDTH": width, "WANTED": True}
+        yield pytest.param("lattice", plane, plane, constants, kernels._warps(width), id=f"lattice-{plane}-{width}")
+
+
+def compiled(name: str, logits: str, plane: str, constants: dict, warps: int, architecture: int):
+    kernel = getattr(kernels, name)
+    types = {
+        **INTEGERS,
+        **SIZES,
+        **dict.fromkeys(("logits", "grad"), f"*{logits}"),
+        "threshold": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    signature = {argument: types.get(argument, f"*{plane}") for argument in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+
+
+@pytest.mark.skipif(not PTXAS.exists(), reason="this Triton has no ptxas: registers are not counted")
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("name, logits, plane, constants, warps", cases())
+def test_compiles_without_spills(tmp_path, monkeypatch, name, logits, plane, constants, warps, architecture):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    program = compiled(name, logits, plane, constants, warps, architecture)
+    assembly = tmp_path / "kernel.ptx"
+    assembly.write_text(program.asm["ptx"])
+    target = re.search(r"\.target (\w+)", program.asm["ptx"])[1]
+    command = [PTXAS, "-v", f"-arch={target}", assembly, "-o", tmp_path / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    print(said)
+    assert re.findall(r"(\d+) bytes spill", said) == ["0", "0"]
+    assert int(re.search(r"Used (\d+) registers", said)[1]) <= 128
+
+
+@pytest.mark.parametrize("name", ["row_statistics", "lattice", "gradient"])
+def test_offsets_have_64_bits(tmp_path, monkeypatch, name):
+    """Where a row or an utterance begins is computed in 64 bits; 32 are for columns within it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    constants = {"WIDTH": 64, "WANTED": True} if name == "lattice" else {"COLUMNS": 1024}
+    text = str(compiled(name, "fp32", "fp32", constants, 4, 90).asm["ttir"])
+    whole = "|".join(getattr(kernels, name).arg_names)  # pointers to whole tensors
+    offsets = re.findall(rf"tt\.addptr %(?:{whole})(?:_splat)?, %\w+ : [^,]*, (\S*)", text)
+    assert offsets and all("i64" in offset for offset in offsets), text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_real_device(dtype):
+    from rnnt_problems import random_problem
+
+    problem = random_problem(3, 40, 10, 700, seed=1, dtype=dtype)
+    found = []
+    for device in ("cuda", "cpu"):
+        acts = problem.acts.to(device, dtype if device == "cuda" else torch.float64).requires_grad_()
+        others = [x.to(device).clamp(min=0) for x in problem[1:4]]
+        if device == "cuda":
+            costs = kernels.triton_rnnt_loss(acts * 1, *others)
+        else:
+            costs = kernels.wavefront.costs(acts, *others)
+        gradient = torch.autograd.grad(costs, acts, torch.ones_like(costs))[0]
+        found.append((costs.detach().cpu().double(), gradient.cpu().double()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-4)
+    error = (found[0][1] - found[1][1]).norm() / found[1][1].norm()
+    assert error < {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+
+
+@pytest.mark.gpu
+def test_more_logits_than_32_bits_count():
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("needs 12 GB of GPU memory")
+    B, T, U, V = 3, 256, 63, 50000  # 2.46e9 logits
+    acts = torch.zeros(B, T, U + 1, V, dtype=torch.bfloat16, device="cuda")
+    acts[-1] = torch.linspace(-1, 1, V, device="cuda")
+    labels = torch.arange(1, U + 1, device="cuda").repeat(B, 1)
+    lengths = torch.full((B,), T, device="cuda"), torch.full((B,), U, device="cuda")
+    costs = kernels.triton_rnnt_loss(acts, labels, *lengths)
+    alone = kernels.triton_rnnt_loss(acts[-1:].clone(), labels[-1:], *(x[-1:] for x in lengths))
+    torch.testing.assert_close(costs[-1:], alone)
