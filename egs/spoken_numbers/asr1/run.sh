@@ -13,7 +13,7 @@ test_sets="test test_unseen"
     --lang en \
     --fs 16k \
     --token_type bpe \
-    --nbpe 30 \
+    --nbpe 145 \
     --asr_config conf/train_mega.yaml \
     --inference_config "conf/decode_default.yaml conf/decode_tsd.yaml conf/decode_alsd.yaml conf/decode_maes.yaml" \
     --train_set "${train_set}" \
