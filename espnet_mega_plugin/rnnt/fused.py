@@ -207,7 +207,7 @@ class _Joint:
         self.weight = weight.detach().to(options.dtype)
         self.bias = None if bias is None else bias.detach().to(options.dtype)
         self.activation, self.blank = options.activation, options.blank
-        self.tanh = isinstance(self.activation, torch.nn.Tanh) or self.activation in (
+        self.tanh = type(self.activation) is torch.nn.Tanh or self.activation in (
             torch.tanh,
             torch.nn.functional.tanh,
         )

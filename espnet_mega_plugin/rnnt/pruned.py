@@ -228,7 +228,7 @@ class _LogProbs(torch.autograd.Function):
         kept = share != 0  # nothing else is read
         shift = ((share.abs().log() - lse) * LOG2E[dtype]).masked_fill_(~kept, -torch.inf).to(dtype)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        if logits.device.type == "cpu":
+        if wavefront._lengths_are_free(logits):
             wavefront._exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits))
         else:
             wavefront._exp_everywhere(grad, logits, shift, kept, torch.ones_like(share[:, :1, :1]))

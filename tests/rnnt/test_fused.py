@@ -93,6 +93,13 @@ def test_tiles_of_every_size_give_the_same(monkeypatch):
             torch.testing.assert_close(got(joint, activation), wanted(joint, activation), **EXACT)
 
 
+def test_the_way_of_other_devices_gives_the_same(monkeypatch):
+    """CPU tensors treated as those of a device that reading from would synchronise."""
+    joint = random_joint(3, 9, 6, 7, 4, seed=25)
+    monkeypatch.setattr(wavefront, "_lengths_are_free", lambda logits: False)
+    torch.testing.assert_close(got(joint), wanted(joint), **EXACT)
+
+
 def test_gradcheck():
     joint = random_joint(2, 3, 2, 3, 2, seed=2)
     inputs = [getattr(joint, name).nan_to_num(0.0).requires_grad_() for name in NAMES]

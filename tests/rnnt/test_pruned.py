@@ -354,6 +354,20 @@ def test_pruned_loss_is_the_sum_over_paths_in_its_ranges(B, T, S, C, R, rnnt_typ
             assert (gradient[b, T_b:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
+    """CPU tensors treated as those of a device that reading from would synchronise."""
+    problem = random_problem(3, 7, 4, 6, seed=10, dtype=dtype)
+    found = []
+    for free in (True, False):
+        monkeypatch.setattr(pruned.wavefront, "_lengths_are_free", lambda logits, free=free: free)
+        logits = problem.acts.clone().requires_grad_()
+        options = dict(boundary=boundary_of(problem), reduction="none")
+        costs = rnnt_loss_pruned(logits, problem.labels, all_rows(problem), 0, **options)
+        found.append((costs.detach(), torch.autograd.grad(costs, logits, torch.tensor([1.0, -2.0, 0.5]).to(costs))[0]))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("rnnt_type", TOPOLOGIES)
 def test_gradcheck_of_the_pruned_loss(rnnt_type):
     logits = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
