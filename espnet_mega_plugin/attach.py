@@ -3,8 +3,9 @@
 ESPnet has no plugin mechanism, so the package attaches to two imports, and to nothing before they happen:
 
 - `espnet2.train.class_choices`: a transducer task that then writes down its choice of decoders gets the plugin's class
-  as `mega` and keeps ESPnet's as `mega_espnet`. That module is the place because ESPnet imports it after torch; the
-  task module itself is already half imported when torch calls `install`, too late for an import hook.
+  as `mega` and keeps ESPnet's as `mega_espnet`; the model it builds becomes the plugin's subclass of ESPnet's. That
+  module is the place because ESPnet imports it after torch; the task module itself is already half imported when torch
+  calls `install`, too late for an import hook.
 - `warprnnt_pytorch`, which ESPnet's models import for their loss: answered with the plugin's loss where no real one is
   installed.
 
@@ -31,6 +32,7 @@ LOSS_SWITCH = "ESPNET_MEGA_PLUGIN_LOSS"  # "plugin": our loss even where a real 
 CLASS_CHOICES = "espnet2.train.class_choices"
 TASKS = ("espnet2.tasks.asr_transducer", "espnet3.systems.esp2_asr.src.transducer_task")
 ABS_DECODER = ("espnet2.asr_transducer.decoder.abs_decoder", "AbsDecoder")
+MODEL = "ESPnetASRTransducerModel"
 WARPRNNT = "warprnnt_pytorch"
 PLUGIN_LOSS = "espnet_mega_plugin.rnnt.warprnnt"
 
@@ -87,6 +89,7 @@ def attach() -> None:
     for task in filter(None, map(sys.modules.get, TASKS)):
         if hasattr(task, "decoder_choices"):  # a task in the middle of its import fills its choice through the wrap
             _fill(task.decoder_choices)
+            _put_model()
     loss_is_forced()  # only its check; import asks again
 
 
@@ -162,6 +165,15 @@ def _fill(choices) -> None:
     choices.classes["mega_espnet"] = theirs  # last: its presence says that the choice is filled
 
 
+def _put_model() -> None:
+    """Puts the plugin's model class where ESPnet's task builds its own; the task imported that before its choices."""
+    from espnet_mega_plugin.model import MegaTransducerModel
+
+    for task in filter(None, map(sys.modules.get, TASKS)):
+        if hasattr(task, MODEL):
+            setattr(task, MODEL, MegaTransducerModel)
+
+
 def _wrap(class_choices: type) -> None:
     """Makes every later ClassChoices fill itself, and makes it say which decoder it gave."""
     if getattr(class_choices.__init__, "_espnet_mega_plugin", False):
@@ -173,6 +185,8 @@ def _wrap(class_choices: type) -> None:
         init(self, *args, **kwargs)
         try:
             _fill(self)
+            if _is_transducer_decoder(self):
+                _put_model()
         except Exception as error:  # `decoder: rnn` shall go on; whoever asks for mega is told in get_class
             self._mega_failure = error
             _log.warning("espnet_mega_plugin's decoder does not fit here: %s: %s", type(error).__name__, error)

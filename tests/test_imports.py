@@ -16,6 +16,7 @@ ROOMS = {
     "mega": {"torch", "espnet_mega_plugin.mega"},
     "search": {"torch", "espnet_mega_plugin.search"},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega"},
+    "model.py": {"torch", "espnet2", "espnet_mega_plugin.rnnt"},
 }
 # What torch itself imports, and what must run where torch or ESPnet is broken
 LIGHT = ("__init__.py", "__main__.py", "attach.py", "doctor.py", "run.py")
