@@ -15,6 +15,7 @@ from espnet2.lm.seq_rnn_lm import SequentialRNNLM
 from espnet_mega_plugin.decoder import MEGADecoder
 
 V, D_ENC, T = 7, 5, 13
+TABLE = 512  # positions: `default` has no cap, of 600 searches here the longest branch had 97 labels
 SEARCHES = {
     "default": {"search_type": "default"},
     "tsd": {"search_type": "tsd", "max_sym_exp": 3},
@@ -63,12 +64,12 @@ class ForwardOnly(AbsDecoder):
 
 def extended(network: MEGADecoder, blocks: int) -> MEGADecoder:
     """The same decoder with a table long enough for forward, filled as scoring goes on past max_positions."""
-    longer = MEGADecoder(V, 12, 10, 6, 14, 2, max_positions=60, num_blocks=blocks).double().eval()
+    longer = MEGADecoder(V, 12, 10, 6, 14, 2, max_positions=TABLE, num_blocks=blocks).double().eval()
     weights = network.state_dict()
     for b in range(blocks):
         name = f"mega_blocks.{b}.0.rel_pos_bias.relative_position_bias"
         known = weights[name][: (len(weights[name]) + 1) // 2]
-        weights[name] = torch.cat([known[:1].expand(60 - len(known)), known, known.new_zeros(59)])
+        weights[name] = torch.cat([known[:1].expand(TABLE - len(known)), known, known.new_zeros(TABLE - 1)])
     longer.load_state_dict(weights)
     return longer
 
@@ -82,7 +83,7 @@ def random_frames() -> torch.Tensor:
 def searches(decoder_options: dict, search_options: dict, lm=None, nbest=5, seed=0):
     """The search over the plugin's decoder, the one over the oracle, and frames that make both busy."""
     torch.manual_seed(seed)
-    options = {"max_positions": 60, **decoder_options}
+    options = {"max_positions": TABLE, **decoder_options}
     network = perturbed(MEGADecoder(V, 12, 10, 6, 14, 2, num_blocks=2, **options)).double().eval()
     joint = perturbed(JointNetwork(V, D_ENC, 12, 16)).double().eval()
     with torch.no_grad():
@@ -92,8 +93,8 @@ def searches(decoder_options: dict, search_options: dict, lm=None, nbest=5, seed
         joint.lin_enc.weight[0], joint.lin_enc.bias[0], joint.lin_dec.weight[0] = 0.0, 0.0, 0.0
         joint.lin_enc.weight[0, 0] = 3.0
         joint.lin_out.weight[0, 0] = 2.0
-        joint.lin_out.bias[0] += 2.5 if search_options["search_type"] == "default" else 1.0
-    oracle = ForwardOnly(extended(network, 2) if options["max_positions"] < 60 else network)
+        joint.lin_out.bias[0] += 4.0 if search_options["search_type"] == "default" else 1.0
+    oracle = ForwardOnly(extended(network, 2) if options["max_positions"] < TABLE else network)
     common = {"beam_size": 4, "lm": lm, "lm_weight": 0.1, "nbest": nbest, **search_options}
     frames = random_frames()
     return BeamSearchTransducer(network, joint, **common), BeamSearchTransducer(oracle, joint, **common), frames

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rnnt_problems import random_problem
 from torch import Tensor
+from two_processes import in_two_processes
 
 from espnet_mega_plugin.rnnt import fused, fused_rnnt_loss, rnnt_loss, wavefront
 
@@ -423,21 +424,17 @@ def test_gradient_scaling():
 # ---- two processes --------------------------------------------------------------------------------------------------
 
 
-def _one_of_two(rank, given, rendezvous, result):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        model = torch.nn.parallel.DistributedDataParallel(Model(torch.float64))
-        rows = slice(0, 1) if rank == 0 else slice(1, 4)
-        model(*[x[rows] for x in given], reduction="sum").backward()
-        torch.save(model.module.gradients(), f"{result}.{rank}")
-    finally:
-        torch.distributed.destroy_process_group()
+def _one_of_two(rank, given, result):
+    model = torch.nn.parallel.DistributedDataParallel(Model(torch.float64))
+    rows = slice(0, 1) if rank == 0 else slice(1, 4)
+    model(*[x[rows] for x in given], reduction="sum").backward()
+    torch.save(model.module.gradients(), f"{result}.{rank}")
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     given, result = batch(torch.float64), tmp_path / "gradients.pt"
-    torch.multiprocessing.spawn(_one_of_two, (given, tmp_path / "rendezvous", result), nprocs=2)
+    in_two_processes(tmp_path, _one_of_two, given, result)
     model = Model(torch.float64)
     model(*given, reduction="sum", way="standard").backward()
     for rank in range(2):

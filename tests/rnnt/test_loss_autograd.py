@@ -4,6 +4,7 @@ import pytest
 import torch
 from rnnt_problems import random_problem
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes
 
 from espnet_mega_plugin.rnnt import METHODS, RNNTLoss, rnnt_loss, warprnnt
 from espnet_mega_plugin.rnnt.wavefront import may_overwrite
@@ -279,24 +280,20 @@ def test_the_module_shows_and_passes_on_its_options(problem):
     assert loss(*problem[:4]).shape == (3,)
 
 
-def _two_processes(rank, rendezvous, results):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    try:
-        model, hidden = tiny_model(torch.float64)
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        problem = random_problem(3, 5, 4, 6, seed=31)
-        rows = slice(0, 1) if rank == 0 else slice(1, 3)
-        acts = model(hidden[rows])
-        rnnt_loss(acts, *[x[rows] for x in problem[1:4]], reduction="sum").backward()
-        if rank == 0:
-            torch.save(model.module.weight.grad, results)
-    finally:
-        torch.distributed.destroy_process_group()
+def _one_of_two(rank, results):
+    model, hidden = tiny_model(torch.float64)
+    model = torch.nn.parallel.DistributedDataParallel(model)
+    problem = random_problem(3, 5, 4, 6, seed=31)
+    rows = slice(0, 1) if rank == 0 else slice(1, 3)
+    acts = model(hidden[rows])
+    rnnt_loss(acts, *[x[rows] for x in problem[1:4]], reduction="sum").backward()
+    if rank == 0:
+        torch.save(model.module.weight.grad, results)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(problem, tmp_path):
-    torch.multiprocessing.spawn(_two_processes, (tmp_path / "rendezvous", tmp_path / "grad.pt"), nprocs=2)
+    in_two_processes(tmp_path, _one_of_two, tmp_path / "grad.pt")
     model, hidden = tiny_model(torch.float64)
     loss_of(model(hidden), problem).backward()
     averaged = torch.load(tmp_path / "grad.pt")  # DDP gives the mean over the processes
