@@ -10,6 +10,9 @@ B batch, L labels, D block size, S query/key size, E value size, C chunk size (o
     o               = A v                                                        (E)
     out             = Norm(x + u * (phi(h + Wh (o * r)) - x))
 
+With `pre_norm`, as the authors' code has it for `normalize_before` (facebookresearch/mega): v and e are made of Norm(x)
+instead of x, and out = x + u * (phi(h + Wh (o * r)) - x), where the gate mixes in x as it came, not normalised.
+
 `forward` is the training pass over whole sequences (time first, in ESPnet's order of operations, so that it gives its
 bits and, with the same seed, its dropout); `extend` goes on from a memory and gives the same numbers to rounding.
 """
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_mega_plugin.mega.ema import MultiHeadDampedEMA
+from espnet_mega_plugin.mega.position_bias import band
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.state import BlockMemory
 
@@ -49,6 +53,7 @@ class MegaBlock(nn.Module):
         dropout_rate: float,
         att_dropout_rate: float,
         ema_dropout_rate: float,
+        pre_norm: bool = False,
     ):
         super().__init__()
         self.multihead_damped_ema = MultiHeadDampedEMA(size, num_heads, activation, truncation_length)
@@ -60,6 +65,7 @@ class MegaBlock(nn.Module):
         self.qk_bias = nn.Parameter(torch.empty(2, qk_size))
         self.activation = activation
         self.normalization = normalization
+        self.pre_norm = pre_norm
         self.dropout = nn.Dropout(dropout_rate)
         self.dropout_attn = nn.Dropout(att_dropout_rate)
         self.dropout_ema = nn.Dropout(ema_dropout_rate)
@@ -82,38 +88,55 @@ class MegaBlock(nn.Module):
         """
         nn.init.normal_(self.proj_h.bias, std=0.02)
 
-    def _gates(self, averaged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def enter(self, x: Tensor) -> Tensor:
+        """What values and the EMA are made of: the block's input, normalised with `pre_norm`."""
+        return self.normalization(x) if self.pre_norm else x
+
+    def leave(self, x: Tensor, update: Tensor, candidate: Tensor) -> Tensor:
+        """The block's output: its input and the candidate, mixed by the update gate; normalised without `pre_norm`."""
+        mixed = torch.addcmul(x, update, candidate - x)
+        return mixed if self.pre_norm else self.normalization(mixed)
+
+    def gates(self, averaged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """u, query, key, r, h from the EMA's output; queries and keys are made from one projection."""
         update, z_r, intermediate = self.proj_mx(averaged).split(self.split_sizes, dim=-1)
         z, r = self.activation(z_r).split([self.qk_size, self.v_size], dim=-1)
         query, key = (z.unsqueeze(2) * self.qk_weight + self.qk_bias).unbind(2)
         return torch.sigmoid(update), query, key, r, intermediate
 
-    def forward(self, x: Tensor, padding: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor, hidden: Tensor, window: int | None = None) -> Tensor:
         """
         Args:
             x: block input. (L, B, D)
             padding: true where the label is padding. (B, L)
-            hidden: true where a query must not see a key. (B, L / C, C, C)
+            hidden: true where a query must not see a key. (B, chunks, C, C), with a window (B, chunks, C, window-1 + C)
+            window: the keys of a chunk are those of its own labels and the window - 1 before them; None: its own only.
 
         Returns:
             out: block output. (L, B, D)
         """
         L, B, _ = x.shape
-        value = self.activation(self.proj_v(x))
-        averaged = self.dropout_ema(self.multihead_damped_ema(x, padding))
-        update, query, key, r, intermediate = self._gates(averaged)
+        entered = self.enter(x)
+        value = self.activation(self.proj_v(entered))
+        averaged = self.dropout_ema(self.multihead_damped_ema(entered, padding))
+        update, query, key, r, intermediate = self.gates(averaged)
 
         chunks, C = hidden.shape[1], hidden.shape[2]
-        query, key = (z.transpose(0, 1).reshape(B, chunks, C, self.qk_size) for z in (query, key))
-        value = value.transpose(0, 1).reshape(B, chunks, C, self.v_size)
-        scores = torch.matmul(query * self.scaling, key.transpose(2, 3)) + self.rel_pos_bias.matrix(C)
-        weights = _softmax(scores.masked_fill(hidden, float("-inf")))
-        value = self.dropout(value)
-        attended = torch.matmul(self.dropout_attn(weights), value).view(B, L, self.v_size).transpose(0, 1)
+        query, key, value = (z.transpose(0, 1) for z in (query, key, value))
+        if window is None:
+            query, key = (z.reshape(B, chunks, C, self.qk_size) for z in (query, key))
+            value = self.dropout(value.reshape(B, chunks, C, self.v_size))
+            bias = self.rel_pos_bias.matrix(C)
+        else:
+            query = nn.functional.pad(query, (0, 0, 0, chunks * C - L)).view(B, chunks, C, self.qk_size)
+            key, value = (_with_labels_before(z, window, chunks, C) for z in (key, self.dropout(value)))
+            bias = band(self.rel_pos_bias, window, C)
+        scores = torch.matmul(query * self.scaling, key.transpose(2, 3)) + bias
+        weights = softmax(scores.masked_fill(hidden, float("-inf")))
+        attended = torch.matmul(self.dropout_attn(weights), value).view(B, chunks * C, self.v_size)[:, :L]
 
-        candidate = self.dropout(self.activation(intermediate + self.proj_h(attended * r)))
-        return self.normalization(torch.addcmul(x, update, candidate - x))
+        candidate = self.dropout(self.activation(intermediate + self.proj_h(attended.transpose(0, 1) * r)))
+        return self.leave(x, update, candidate)
 
     def extend(self, x: Tensor, padding: Tensor, reach: Reach, memory: BlockMemory) -> tuple[Tensor, BlockMemory]:
         """Go on from a memory; without dropout in any mode, so that scoring is never random.
@@ -128,22 +151,32 @@ class MegaBlock(nn.Module):
             out: block output. (B, L, D)
             memory: of the labels so far, as far as a later label can see them.
         """
-        value = self.activation(self.proj_v(x))
-        averaged, ema, inputs = self.multihead_damped_ema.extend(x, padding, memory.ema, memory.inputs)
-        update, query, key, r, intermediate = self._gates(averaged)
+        entered = self.enter(x)
+        value = self.activation(self.proj_v(entered))
+        averaged, ema, inputs = self.multihead_damped_ema.extend(entered, padding, memory.ema, memory.inputs)
+        update, query, key, r, intermediate = self.gates(averaged)
 
         keys = torch.cat([memory.keys.to(key.dtype), key], 1)  # (B, W + L, S)
         values = torch.cat([memory.values.to(value.dtype), value], 1)
         bias = self.rel_pos_bias.by_distance(keys.shape[1])[reach.distance]  # (L, W + L)
         scores = torch.matmul(query * self.scaling, keys.transpose(1, 2)) + bias
-        attended = torch.matmul(_softmax(scores.masked_fill(reach.hidden, float("-inf"))), values)
+        attended = torch.matmul(softmax(scores.masked_fill(reach.hidden, float("-inf"))), values)
 
         candidate = self.activation(intermediate + self.proj_h(attended * r))
-        out = self.normalization(torch.addcmul(x, update, candidate - x))
+        out = self.leave(x, update, candidate)
         first = keys.shape[1] - reach.kept
         return out, BlockMemory(ema, keys[:, first:], values[:, first:], inputs)
 
 
-def _softmax(scores: Tensor) -> Tensor:
+def _with_labels_before(z: Tensor, window: int, chunks: int, C: int) -> Tensor:
+    """Keys or values of each chunk and of the window - 1 labels before it. (B, L, n) -> (B, chunks, window-1 + C, n)
+
+    Zeros stand where there is no label, before the first and after the last.
+    """
+    filled = nn.functional.pad(z, (0, 0, window - 1, chunks * C - z.shape[1]))
+    return filled.unfold(1, window - 1 + C, C).transpose(2, 3)
+
+
+def softmax(scores: Tensor) -> Tensor:
     """Over the last dimension, in float32 or better, returned in the dtype of `scores`."""
     return torch.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(scores.dtype)
