@@ -22,7 +22,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
 
     Arguments, defaults, attributes, methods and `state_dict` are those of ESPnet's class of the same name. `forward`
     gives ESPnet's numbers; every way of scoring gives what `forward` gives over the whole prefix, for any mix of
-    histories in a batch (tests/test_decoder.py).
+    histories in a batch (tests/test_decoder.py). ESPnet's class lacks the last two arguments, which add no parameter.
 
     Args:
         vocab_size: number of tokens, blank included.
@@ -30,9 +30,10 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         linear_size: hidden width of the feed-forward half of a layer.
         qk_size: width of queries and keys; even with rel_pos_bias_type `rotary`.
         v_size: width of values.
-        num_heads: number of averages the EMA keeps for each channel.
+        num_heads: number of averages the EMA keeps for each channel; the authors' language models have 16.
         rel_pos_bias_type: `simple` (a table of max_positions numbers) or `rotary` (no limit of length).
-        max_positions: longest sequence `forward` takes with `simple`; chunk_size takes its place where that is set.
+        max_positions: longest sequence `forward` takes with `simple`; chunk_size takes its place where that is set,
+            and an attention_window of at most max_positions lifts the limit.
         truncation_length: how many labels back the EMA looks; null for all.
         normalization_type: layer_norm, basic_norm, rms_norm or scale_norm.
         normalization_args: `eps`; `partial` for rms_norm (share of the channels the rms is taken of).
@@ -47,6 +48,12 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         ema_dropout_rate: of the EMA's output.
         ffn_dropout_rate: of the feed-forward's hidden values and result.
         embed_pad: label whose embedding is zero and that counts as padding after the first place.
+        attention_window: a label attends to itself and to the attention_window - 1 before it; null for all before it.
+            A state then holds that many keys, however long the stream. Not together with chunk_size.
+        pre_norm: each half of a layer normalises its input instead of its result: x + u * (candidate - x) with values
+            and EMA, so u and candidate too, made of Norm(x), and x + W2 phi(W1 Norm(x)); the final normalisation is
+            there with and without. x itself, that the gate u keeps a part of, is not normalised. As
+            `normalize_before` of facebookresearch/mega.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it and what is accepted.
@@ -75,6 +82,8 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         ema_dropout_rate: float = 0.0,
         ffn_dropout_rate: float = 0.0,
         embed_pad: int = 0,
+        attention_window: int | None = None,
+        pre_norm: bool = False,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(**arguments)

@@ -25,8 +25,16 @@ def check_arguments(arguments: dict) -> None:
     for key, accepted in NAMES.items():
         _name(key, arguments[key], accepted)
     _integer("chunk_size", arguments["chunk_size"], "-1 (full context) or 1 and more", lambda v: v == -1 or v >= 1)
-    if arguments["truncation_length"] is not None:
-        _integer("truncation_length", arguments["truncation_length"], "null or 1 and more", lambda v: v >= 1)
+    for key in ("truncation_length", "attention_window"):
+        if arguments[key] is not None:
+            _integer(key, arguments[key], "null or 1 and more", lambda v: v >= 1)
+    if arguments["attention_window"] is not None and arguments["chunk_size"] > 0:
+        raise ValueError(
+            f"attention_window {arguments['attention_window']} and chunk_size {arguments['chunk_size']} exclude each "
+            f"other: use chunk_size -1 (full context) with an attention_window, or attention_window null."
+        )
+    if not isinstance(arguments["pre_norm"], bool):
+        _fail(TypeError, "pre_norm", arguments["pre_norm"], "true or false")
     vocab_size = arguments["vocab_size"]
     _integer(
         "embed_pad", arguments["embed_pad"], f"0 to vocab_size - 1 = {vocab_size - 1}", lambda v: 0 <= v < vocab_size

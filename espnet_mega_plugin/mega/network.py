@@ -1,13 +1,14 @@
 """The MEGA prediction network: embedding, layers of (MEGA block, feed-forward), final normalisation.
 
-B batch, L labels, D block size, W remembered labels, C chunk size.
+B batch, L labels, D block size, W remembered labels, C labels of a chunk.
 
 One truth: `forward` over a whole label sequence. `extend` goes on from a memory by any number of labels, for a batch of
 any histories, and gives what `forward` gives at those places (tests/mega/test_laws.py).
 
 A label equal to `pad_idx` after the first place is padding: it adds nothing to the moving average, and a query sees it
-only where its chunk holds nothing else up to there. That is ESPnet's rule but for a chunk that begins with padding and
-holds a label later: there ESPnet's softmax is over nothing and NaN.
+only where its reach (the labels up to its own; of those, its chunk or its attention window) holds nothing else. That is
+ESPnet's rule but for a chunk that begins with padding and holds a label later: there ESPnet's softmax is over nothing
+and NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 
 
 class MegaNetwork(nn.Module):
-    """Arguments, defaults and parameter names are those of ESPnet's MEGADecoder, which `decoder.py` explains."""
+    """Arguments, defaults and parameter names are those of ESPnet's MEGADecoder, which `decoder.py` explains.
+
+    Two more, off by default, change no parameter: `attention_window` and `pre_norm`.
+    """
 
     def __init__(
         self,
@@ -53,6 +57,8 @@ class MegaNetwork(nn.Module):
         ema_dropout_rate: float = 0.0,
         ffn_dropout_rate: float = 0.0,
         embed_pad: int = 0,
+        attention_window: int | None = None,
+        pre_norm: bool = False,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         arguments["normalization_args"] = normalization_args = {} if normalization_args is None else normalization_args
@@ -66,6 +72,7 @@ class MegaNetwork(nn.Module):
         self.mega_num_heads = self.mega_ema_num_heads = num_heads
         self.mega_att_k_size, self.mega_att_v_size, self.mega_ema_size = qk_size, v_size, block_size
         self.truncation_length = truncation_length
+        self.attention_window = attention_window
 
         activation = build_activation(activation_type, **activation_args)
         normalization = functools.partial(build_normalization, normalization_type, block_size, **normalization_args)
@@ -89,9 +96,10 @@ class MegaNetwork(nn.Module):
                         dropout_rate,
                         att_dropout_rate,
                         ema_dropout_rate,
+                        pre_norm,
                     ),
                     NormalizedPositionwiseFeedForward(
-                        block_size, linear_size, activation, normalization(), ffn_dropout_rate
+                        block_size, linear_size, activation, normalization(), ffn_dropout_rate, pre_norm
                     ),
                 ]
             )
@@ -113,7 +121,7 @@ class MegaNetwork(nn.Module):
 
         Raises:
             TypeError, ValueError: labels are no (B, L) integers, or (on a CPU) outside the vocabulary.
-            ValueError: L exceeds `max_positions` (rel_pos_bias_type simple, no chunks).
+            ValueError: L exceeds `max_positions` (rel_pos_bias_type simple; no chunks, no shorter attention window).
         """
         labels = self._checked(labels)
         B, L = labels.shape
@@ -124,11 +132,12 @@ class MegaNetwork(nn.Module):
             labels = nn.functional.pad(labels, (0, C - L % C), value=self.pad_idx)
         padding = labels == self.pad_idx
         padding[:, 0] = False
-        hidden = _hidden_in_chunks(padding.view(B, -1, C))
+        window = self._window(L)
+        hidden = _hidden_in_chunks(padding.view(B, -1, C)) if window is None else _hidden_in_window(padding, window)
 
         x = self.dropout_embed(self.embed(labels)).transpose(0, 1)
         for block, feed_forward in self.mega_blocks:
-            x = feed_forward(block(x, padding, hidden))
+            x = feed_forward(block(x, padding, hidden, window))
         return self.final_norm(x).transpose(0, 1)[:, :L]
 
     def empty_memory(self, batch_size: int) -> MegaMemory:
@@ -182,7 +191,17 @@ class MegaNetwork(nn.Module):
 
     def attended_labels(self, position: int) -> int:
         """How many of `position` labels the next label can still attend to."""
+        if self.attention_window is not None:
+            return min(position, self.attention_window - 1)
         return position % self.chunk_size if self.chunk_size > 0 else position
+
+    def _window(self, L: int) -> int | None:
+        """The attention window where it cuts anything off a sequence of L labels."""
+        window, table = self.attention_window, self.mega_blocks[0][0].rel_pos_bias.max_positions
+        if window is None or window >= L:
+            return None
+        # a window that the table of positions does not cover is no help: the bias refuses L as without it
+        return None if table is not None and window > table else window
 
     def _reach(self, positions: list[int], padding: Tensor, L: int) -> Reach:
         W = padding.shape[1] - L
@@ -193,6 +212,8 @@ class MegaNetwork(nn.Module):
         remembered = torch.tensor([self.attended_labels(p) for p in positions]).to(device, non_blocking=True)
         offset = remembered[:, None] + place  # (B, W + L) place in the chunk where the memory ends
         out_of_reach = (distance < 0) | (offset < 0)[:, None]
+        if self.attention_window is not None:
+            out_of_reach = out_of_reach | (distance >= self.attention_window)
         if self.chunk_size > 0:
             chunk = offset.div(self.chunk_size, rounding_mode="floor")
             out_of_reach = out_of_reach | (chunk[:, W:, None] != chunk[:, None])
@@ -248,6 +269,23 @@ def _hidden_in_chunks(padding: Tensor) -> Tensor:
     C = padding.shape[-1]
     future = torch.ones(C, C, dtype=torch.bool, device=padding.device).triu(1)
     return _hide_padding(future, padding[:, :, None])
+
+
+def _hidden_in_window(padding: Tensor, window: int) -> Tensor:
+    """Which keys each query must not see; chunk by chunk, so that nothing grows with the square of the length.
+
+    A chunk's keys are those of its C queries and of the window - 1 labels before. C is a little less than the window,
+    so that the chunks fill up evenly. (B, L) -> (B, chunks, C, window-1 + C)
+    """
+    L = padding.shape[1]
+    chunks = -(-L // window)
+    C = -(-L // chunks)
+    key = torch.arange(1 - window, C, device=padding.device)  # place, counted from the chunk's first query
+    distance = key[window - 1 :, None] - key
+    before_first = C * torch.arange(chunks, device=padding.device)[:, None] + key < 0  # (chunks, window-1 + C)
+    out_of_reach = (distance < 0) | (distance >= window) | before_first[:, None]
+    padding = nn.functional.pad(padding, (window - 1, chunks * C - L), value=True).unfold(1, window - 1 + C, C)
+    return _hide_padding(out_of_reach, padding[:, :, None])
 
 
 def _hide_padding(out_of_reach: Tensor, padding: Tensor) -> Tensor:

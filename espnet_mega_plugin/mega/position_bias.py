@@ -3,7 +3,7 @@
 Both kinds offer the same two methods:
     matrix(L)         bias for all pairs of L labels, in ESPnet's order of operations    (L, L)
     by_distance(n)    bias for the distances 0 .. n-1                                    (n,)
-so that matrix(L)[i, j] == by_distance(L)[i - j] for j <= i.
+so that matrix(L)[i, j] == by_distance(L)[i - j] for j <= i. `band` lays out either for a window of labels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RelativePositionBias(nn.Module):
             raise ValueError(
                 f"Length {length} is too long for the maximum number of allowed positions {self.max_positions} "
                 f"(decoder_conf max_positions). Train with a larger max_positions, with rel_pos_bias_type: rotary "
-                f"(no limit) or with a chunk_size."
+                f"(no limit), with a chunk_size or with an attention_window of at most max_positions."
             )
         first = self.max_positions - length
         near = self.relative_position_bias[first : first + 2 * length - 1]
@@ -54,6 +54,8 @@ class RotaryRelativePositionBias(nn.Module):
     Source: facebookresearch/mega, RotaryRelativePositionalBias. The angles are computed where they are used:
     ESPnet's tables keep the precision of an earlier half() and are in no checkpoint.
     """
+
+    max_positions = None
 
     def __init__(self, size: int):
         super().__init__()
@@ -88,6 +90,17 @@ class RotaryRelativePositionBias(nn.Module):
             # the key stands at 0, the query at d
             bias = self._turned(self.alpha, self._angles(count)) @ self.beta[0].to(at_least_float32(self.alpha.dtype))
             return bias.to(self.alpha.dtype)
+
+
+def band(bias: nn.Module, window: int, count: int) -> Tensor:
+    """Bias of `count` queries to the keys of their own places and of the window - 1 before; 0 outside the window.
+
+    Returns:
+        band[i, j] = by_distance(window)[i + window - 1 - j]. (count, window-1 + count)
+    """
+    outside = (count - 1, count - 1)
+    nearer = nn.functional.pad(bias.by_distance(window).flip(0), outside)
+    return nearer.unfold(0, window - 1 + count, 1).flip(0)  # each row stands one place further right than the one above
 
 
 def build_position_bias(rel_pos_bias_type: str, qk_size: int, max_positions: int) -> nn.Module:

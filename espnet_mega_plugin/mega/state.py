@@ -3,11 +3,14 @@
 ESPnet's searches hold a state as a list with one dict a block. The keys of that dict:
 
     ema_state    h of the moving average                                   (D, N), float32 or better
-    prev_key     keys of the labels in the attention's reach               (W, qk_size)
+    prev_key     keys of the labels in a later label's reach               (W, qk_size)
     prev_value   values of the same labels                                 (W, v_size)
     prev_pad     true where such a label was padding (embed_pad)           (W,) bool
     position     how many labels the state has seen                        () int64, on the CPU
-    prev_input   with truncation_length K: the last K-1 block inputs       (W', D), float32 or better
+    prev_input   with truncation_length K: the EMA's last K-1 inputs       (W', D), float32 or better
+
+W counts all labels so far; with chunk_size those of the chunk that has begun; with attention_window at most
+attention_window - 1.
 
 These are the shapes for one hypothesis; a batch has one more dimension in front, shorter histories stand at the
 right end, and what is in front of them is not attended to, whatever numbers it holds: the position tells.
