@@ -14,6 +14,8 @@ from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
 from torch import Tensor
 
 from espnet_mega_plugin.mega.network import MegaNetwork
+from espnet_mega_plugin.mega.prefix_state import PrefixState
+from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
 
 
@@ -87,7 +89,18 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(**arguments)
-        self.score_cache: dict = {}
+        self.prefixes = PrefixMemory()
+        self.score_cache = {}
+
+    @property
+    def score_cache(self) -> dict:
+        """Empty. A search that replaces it says that an utterance is over: the prefixes remembered are dropped."""
+        return self._score_cache
+
+    @score_cache.setter
+    def score_cache(self, replacement: dict) -> None:
+        self._score_cache = replacement
+        self.prefixes.forget()
 
     @property
     def device(self) -> torch.device:
@@ -135,22 +148,16 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         Raises:
             ValueError: states are of several hypotheses, or the labels are none of the vocabulary.
 
-        The result is remembered in `score_cache` until a search resets that, and given again only for the same labels
-        from the same state with the same weights, device and dtype. (A change of weights is seen as autograd sees it;
-        one behind its back, through `.data`, is not.)
+        Each prefix is evaluated once, until a search replaces `score_cache` or `prefixes.remembered` others were used
+        since; it is evaluated anew for other weights, another device, dtype or autocast. (A change of weights is seen
+        as autograd sees it; one behind its back, through `.data`, is not.) Safe to call from several threads.
         """
-        last, key, signature = self._last(label_sequence), tuple(label_sequence), self._signature()
-        remembered = self.score_cache.get(key)
-        if remembered is not None and remembered[0] is states and remembered[1] == signature:
-            return remembered[2:]
-        out, new_states = self.inference(torch.tensor([[last]], device=self.device), states)
-        out, new_states = out[0], self.select_state(new_states, 0)
-        self.score_cache[key] = (states, signature, out, new_states)
-        return out, new_states
+        out, extended = self._extended([states], [self._last(label_sequence)])
+        return out, PrefixState(tuple(extended), False, self._built)
 
     @torch.no_grad()
     def batch_score(self, hyps: Sequence[Any]) -> tuple[Tensor, Documented]:
-        """Score hypotheses of any lengths by one label each.
+        """Score hypotheses of any lengths by one label each; what was evaluated before is not evaluated again.
 
         Args:
             hyps: each with `yseq` (labels, the last one new) and `dec_state` (state after all but the last).
@@ -159,9 +166,10 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             out: decoder output for the last label of each. (B, D)
             states: batched state; `select_state` takes one hypothesis out of it.
         """
-        labels = torch.tensor([self._last(hyp.yseq) for hyp in hyps], dtype=torch.long, device=self.device)
-        out, states = self.inference(labels[:, None], self.create_batch_states([hyp.dec_state for hyp in hyps]))
-        return out.squeeze(1), states
+        if not hyps:
+            return self.embed.weight.new_zeros(0, self.output_size), self.create_batch_states([])
+        out, extended = self._extended([hyp.dec_state for hyp in hyps], [self._last(hyp.yseq) for hyp in hyps])
+        return out, PrefixState(tuple(extended), True, self._built)
 
     def init_state(self, batch_size: int = 0) -> Documented:
         """State before the first label: on the parameters' device, in their dtype.
@@ -173,40 +181,37 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         batch_size = _integer("batch_size", batch_size)
         if batch_size < 0:
             raise ValueError(f"batch_size must be 0 or more; got {batch_size}.")
-        states = self._documented(self.empty_memory(max(batch_size, 1)))
         if batch_size > 1:
-            return states
-        for state in states:
-            state["ema_state"] = state["ema_state"][0]
-            for name in ("prev_key", "prev_value"):
-                state[name] = state[name].new_zeros(1, 1, state[name].shape[-1])
-            state["prev_pad"] = state["prev_pad"].new_zeros(1, 1)
-            state["position"] = state["position"][0]
-        return states
+            return self._documented(self.empty_memory(batch_size))
+        return PrefixState((self.prefixes.root(self),), False, self._built_first)
 
     def select_state(self, states: Documented, idx: int) -> Documented:
-        """State of one hypothesis of a batched state: a view of it, which keeps the batch's memory alive.
+        """State of one hypothesis of a batched state, which does not keep the others' memory alive.
 
         Raises:
             ValueError: there is no hypothesis `idx`.
         """
-        memory = self._memory(states)
-        if not 0 <= idx < len(memory.positions):
-            raise ValueError(f"idx must be 0 to {len(memory.positions) - 1}, a hypothesis of the states; got {idx}.")
+        prefixes = getattr(states, "prefixes", None)
+        memory = self._memory(states) if prefixes is None else None
+        count = len(memory.positions) if prefixes is None else len(prefixes)
+        if not 0 <= idx < count:
+            raise ValueError(f"idx must be 0 to {count - 1}, a hypothesis of the states; got {idx}.")
+        if prefixes is not None:
+            return PrefixState((prefixes[idx],), False, self._built)
         position = torch.tensor(memory.positions[idx])
         W = memory.padding.shape[1]
         first = W - min(W, self.attended_labels(memory.positions[idx]))
         selected = []
         for block in memory.blocks:
             state = {
-                "ema_state": block.ema[idx],
-                "prev_key": block.keys[idx, first:],
-                "prev_value": block.values[idx, first:],
-                "prev_pad": memory.padding[idx, first:],
+                "ema_state": block.ema[idx].clone(),
+                "prev_key": block.keys[idx, first:].clone(),
+                "prev_value": block.values[idx, first:].clone(),
+                "prev_pad": memory.padding[idx, first:].clone(),
                 "position": position,
             }
             if block.inputs is not None:
-                state["prev_input"] = block.inputs[idx]
+                state["prev_input"] = block.inputs[idx].clone()
             selected.append(state)
         return selected
 
@@ -228,6 +233,9 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         """One batched state of single ones, whatever the lengths of their histories."""
         if not new_states:
             return self._documented(self.empty_memory(0))
+        prefixes = [getattr(states, "prefixes", None) for states in new_states]
+        if all(one is not None and len(one) == 1 for one in prefixes):
+            return PrefixState(tuple(one for (one,) in prefixes), True, self._built)
         singles = [self._completed(states) for states in new_states]
         ranks = {"ema_state": 2, "prev_pad": 1, "prev_input": 2}
         batched = []
@@ -307,16 +315,53 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             states.append({**state, "prev_pad": memory.padding, "position": position})
         return states
 
-    # -- what score remembers
+    # -- prefixes and the states that stand for them
 
-    def _signature(self) -> tuple:
+    def _extended(self, states: list[Documented], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
+        prefixes = [self._prefix(one) for one in states]
+        return self.prefixes.extend(self, prefixes, labels, self._weights())
+
+    def _prefix(self, states: Documented) -> Prefix:
+        """What scoring goes on from; a state built by hand, or one from before a move to another device, is copied."""
+        prefixes = getattr(states, "prefixes", None)
+        if prefixes is not None and len(prefixes) == 1 and self.prefixes.fits(prefixes[0], self):
+            return prefixes[0]
+        memory = self._memory(states)
+        if len(memory.positions) != 1:
+            raise ValueError(
+                f"states hold {len(memory.positions)} hypotheses; scoring takes one state a hypothesis. Take it out of "
+                f"a batched state with select_state."
+            )
+        return self.prefixes.adopt(self, memory)
+
+    def _built(self, prefixes: tuple[Prefix, ...]) -> Documented:
+        """The documented dicts of a state: one hypothesis without, several with a dimension for the batch."""
+        singles = []
+        for prefix in prefixes:
+            states = self._documented(self.prefixes.memory(prefix, self))
+            position = torch.tensor(prefix.length)
+            singles.append([{**{k: v[0] for k, v in one.items()}, "position": position} for one in states])
+        return singles[0] if len(singles) == 1 else self.create_batch_states(singles)
+
+    def _built_first(self, _: tuple[Prefix, ...]) -> Documented:
+        """The state before the first label in the shapes ESPnet documents."""
+        states = self._documented(self.empty_memory(1))
+        for state in states:
+            state["ema_state"] = state["ema_state"][0]
+            for name in ("prev_key", "prev_value"):
+                state[name] = state[name].new_zeros(1, 1, state[name].shape[-1])
+            state["prev_pad"] = state["prev_pad"].new_zeros(1, 1)
+            state["position"] = state["position"][0]
+        return states
+
+    def _weights(self) -> tuple:
+        """Differs whenever the same labels could give other numbers."""
         weight = self.embed.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         return (
             weight.device,
             weight.dtype,
             autocast and torch.get_autocast_dtype(weight.device.type),
-            torch.is_inference_mode_enabled(),
             sum(p._version for p in self.parameters() if not p.is_inference()),
             sum(p.data_ptr() for p in self.parameters()),
         )
@@ -324,11 +369,19 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     def _last(self, label_sequence: Sequence[int]) -> int:
         if not len(label_sequence):
             raise ValueError("label_sequence is empty; it must begin with the start label (blank).")
-        return _integer("label_sequence", label_sequence[-1])
+        label = _integer("label_sequence", label_sequence[-1])
+        if not 0 <= label < self.vocab_size:
+            raise ValueError(f"labels must lie in 0 .. vocab_size - 1 = {self.vocab_size - 1}; got {label}.")
+        return label
 
     def __getstate__(self) -> dict:
         """A copy or a pickle starts with nothing remembered."""
-        return {**self.__dict__, "score_cache": {}}
+        return {**self.__dict__, "prefixes": PrefixMemory(self.prefixes.remembered), "_score_cache": {}}
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.prefixes = PrefixMemory(self.prefixes.remembered)
+        return replica
 
 
 def _integer(name: str, value: Any) -> int:

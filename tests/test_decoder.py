@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from configurations import build, configurations, perturbed, random_labels, seeds
+from configurations import build, espnet_configurations, perturbed, random_labels, seeds
 from espnet2.asr_transducer.beam_search_transducer import Hypothesis
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder as EspnetMEGADecoder
 from espnet2.torch_utils.initialize import initialize
@@ -21,15 +21,18 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = {"block_size": 24, "linear_size": 20, "qk_size": 10, "v_size": 30, "num_heads": 3, "max_positions": 40}
 VARIANTS = [
     pytest.param(
-        {**SMALL, "rel_pos_bias_type": bias, "chunk_size": chunk, "truncation_length": cut},
-        id=f"{bias}-chunk{chunk}-cut{cut}",
+        {**SMALL, "rel_pos_bias_type": bias, "chunk_size": chunk, "truncation_length": cut, **ours},
+        id="-".join([bias, f"chunk{chunk}", f"cut{cut}", *ours]),
     )
-    for bias, chunk, cut in [
-        ("simple", -1, None),
-        ("rotary", -1, 5),
-        ("simple", 4, 3),
-        ("rotary", 3, None),
-        ("rotary", 1, None),
+    for bias, chunk, cut, ours in [
+        ("simple", -1, None, {}),
+        ("rotary", -1, 5, {}),
+        ("simple", 4, 3, {}),
+        ("rotary", 3, None, {}),
+        ("rotary", 1, None, {}),
+        ("simple", -1, None, {"attention_window": 3, "max_positions": 3}),
+        ("rotary", -1, 2, {"attention_window": 4, "pre_norm": True}),
+        ("simple", 5, None, {"pre_norm": True}),
     ]
 ]
 
@@ -60,7 +63,9 @@ def state_after(model: MEGADecoder, labels: list[int]) -> list[dict]:
 
 
 @settings(max_examples=120)
-@given(configuration=configurations, seed=seeds, L=st.integers(1, 13), training=st.booleans(), fresh=st.booleans())
+@given(
+    configuration=espnet_configurations, seed=seeds, L=st.integers(1, 13), training=st.booleans(), fresh=st.booleans()
+)
 def test_forward_is_espnets_with_the_same_weights(configuration, seed, L, training, fresh):
     """Bit for bit, dropout included (same seed, same masks), on fresh and on perturbed weights of ESPnet's class."""
     torch.manual_seed(seed)
@@ -215,6 +220,14 @@ def test_a_state_made_by_hand_gives_the_right_answer(seed):
     as_espnet_batches = [{k: v[None] for k, v in state.items()} for state in by_hand]
     out, _ = model.inference(torch.tensor([labels[-1:]]), as_espnet_batches)
     torch.testing.assert_close(out[0, 0], forward_of(model, labels), **EXACT)
+    windowed = decoder({**SMALL, "attention_window": 3})
+    rows = [{k: state[k].clone() for k in by_hand[0]} for state in state_after(windowed, labels[:-1])]
+    assert len(rows[0]["prev_key"]) == 2
+    torch.testing.assert_close(windowed.score(labels, rows)[0][0], forward_of(windowed, labels), **EXACT)
+    for state in rows:  # more keys than the window needs: they are not seen
+        for name in ("prev_key", "prev_value"):
+            state[name] = torch.cat([torch.full_like(state[name], 1e30), state[name]])
+    torch.testing.assert_close(windowed.score(labels, rows)[0][0], forward_of(windowed, labels), **EXACT)
     with pytest.raises(ValueError, match="state lacks 'prev_input'.*truncation_length"):
         decoder({**SMALL, "truncation_length": 3}).score(labels, by_hand)
     with pytest.raises(ValueError, match="state lacks prev_value"):
@@ -244,11 +257,11 @@ def test_numpy_and_narrow_integers_are_labels(seed):
     assert model.init_state(np.int64(2))[0]["ema_state"].shape[0] == 2
 
 
-def test_score_remembers_one_result_a_prefix(seed):
+def test_a_prefix_is_evaluated_once(seed):
     model = decoder()
     for _ in range(5):
         model.score([0], model.init_state(1))
-    assert len(model.score_cache) == 1 and len(model.score_cache[(0,)]) == 4
+    assert model.prefixes.evaluated == 1
 
 
 def test_states_are_values(seed):
@@ -279,6 +292,11 @@ def test_a_selected_state_is_as_long_as_its_own_history(seed):
     chunked = decoder({**SMALL, "chunk_size": 4})
     state = state_after(chunked, prefix(15))
     assert len(state[0]["prev_key"]) == 15 % 4
+    for window in (1, 4):
+        windowed = decoder({**SMALL, "attention_window": window})
+        for length in (1, 3, 4, 5, 15):
+            state = state_after(windowed, prefix(length))
+            assert len(state[0]["prev_key"]) == len(state[0]["prev_value"]) == min(length, window - 1)
 
 
 def test_empty_batches():
@@ -317,7 +335,7 @@ def test_what_score_remembers_is_never_stale(seed):
     start = model.init_state(1)
     first, _ = model.score([0], start)
     again, _ = model.score([0], start)
-    assert again is first  # remembered
+    assert torch.equal(again, first) and model.prefixes.evaluated == 1  # remembered
     probe.check()
     model.load_state_dict(decoder(seed=2).state_dict())
     assert not torch.equal(model.score([0], start)[0], first)
@@ -471,10 +489,10 @@ def gradient_norm(model: MEGADecoder, labels: torch.Tensor) -> float:
     "init", [None, "chainer", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "normal"]
 )
 @pytest.mark.parametrize("normalization_type", ["layer_norm", "rms_norm", "scale_norm", "basic_norm"])
-def test_first_gradient_of_fresh_weights_is_finite_at_any_length(init, normalization_type, seed):
-    model = MEGADecoder(
-        50, block_size=64, linear_size=128, qk_size=16, v_size=128, normalization_type=normalization_type
-    )
+@pytest.mark.parametrize("ours", [{}, {"pre_norm": True}, {"pre_norm": True, "attention_window": 3}], ids=str)
+def test_first_gradient_of_fresh_weights_is_finite_at_any_length(init, normalization_type, ours, seed):
+    sizes = {"block_size": 64, "linear_size": 128, "qk_size": 16, "v_size": 128}
+    model = MEGADecoder(50, **sizes, normalization_type=normalization_type, **ours)
     if init is not None:
         try:
             initialize(model, init)
@@ -488,9 +506,10 @@ def test_first_gradient_of_fresh_weights_is_finite_at_any_length(init, normaliza
         assert gradient_norm(model, labels) < 1e3
 
 
-def test_fresh_default_decoder_is_causal_and_healthy(seed):
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_fresh_default_decoder_is_causal_and_healthy(pre_norm, seed):
     """Full size, float32. ESPnet's fresh weights move position 0 by 6 when later labels change; gradient 9e4."""
-    model = MEGADecoder(500).eval()
+    model = MEGADecoder(500, pre_norm=pre_norm).eval()
     labels = torch.randint(1, 500, (2, 51))
     labels[:, 0] = 0
     other = torch.cat([labels[:, :20], torch.randint(1, 500, (2, 31))], 1)
@@ -569,6 +588,11 @@ def test_shapes_on_the_meta_device(rel_pos_bias_type):
         ({"qk_size": 15, "rel_pos_bias_type": "rotary"}, ValueError, "qk_size must be even .* got 15. Use 16"),
         ({"truncation_length": 0}, ValueError, "truncation_length must be null or 1 and more; got 0"),
         ({"truncation_length": "5"}, TypeError, "truncation_length must be null or 1 and more; got '5'"),
+        ({"attention_window": 0}, ValueError, "attention_window must be null or 1 and more; got 0"),
+        ({"attention_window": 2.0}, TypeError, r"attention_window must be null or 1 and more; got 2.0 \(float\)"),
+        ({"attention_window": 4, "chunk_size": 2}, ValueError, "attention_window 4 and chunk_size 2 exclude each other"),
+        ({"pre_norm": 1}, TypeError, r"pre_norm must be true or false; got 1 \(int\)"),
+        ({"pre_norm": None}, TypeError, "pre_norm must be true or false; got None"),
         ({"chunk_size": 0}, ValueError, r"chunk_size must be -1 \(full context\) or 1 and more; got 0"),
         ({"chunk_size": -2}, ValueError, "chunk_size must be .*; got -2"),
         ({"chunk_size": None}, TypeError, "chunk_size must be .*; got None"),
@@ -607,7 +631,7 @@ def test_bad_arguments_are_refused_by_name(arguments, error, message):
         (lambda m: m(torch.ones(1, 41, dtype=torch.long)), ValueError, "Length 41 is too long .* 40"),
         (lambda m: m.inference(torch.tensor([[0]]), m.init_state(2)), ValueError, "labels hold 1 hypotheses, states 2"),
         (lambda m: m.inference(torch.tensor([[0]]), m.init_state(1)[1:]), ValueError, "one dict for each of the 4 blocks; got 3"),
-        (lambda m: m.score([0], m.init_state(2)), ValueError, "labels hold 1 hypotheses, states 2"),
+        (lambda m: m.score([0], m.init_state(2)), ValueError, "states hold 2 hypotheses"),
         (lambda m: m.score([0], None), TypeError, "states must be a list with one dict a block; got None"),
         (lambda m: m.score([0], [None] * 4), TypeError, "states must be a list with one dict a block"),
         (lambda m: m.score([0.7], m.init_state(1)), TypeError, r"label_sequence must hold integers; got 0.7"),

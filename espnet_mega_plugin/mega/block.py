@@ -101,7 +101,7 @@ class MegaBlock(nn.Module):
         """u, query, key, r, h from the EMA's output; queries and keys are made from one projection."""
         update, z_r, intermediate = self.proj_mx(averaged).split(self.split_sizes, dim=-1)
         z, r = self.activation(z_r).split([self.qk_size, self.v_size], dim=-1)
-        query, key = (z.unsqueeze(2) * self.qk_weight + self.qk_bias).unbind(2)
+        query, key = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)
         return torch.sigmoid(update), query, key, r, intermediate
 
     def forward(self, x: Tensor, padding: Tensor, hidden: Tensor, window: int | None = None) -> Tensor:

@@ -1,0 +1,361 @@
+"""What a decoder remembers of label prefixes: each is evaluated once, and all that share a past share its rows.
+
+A `Prefix` is a sequence of labels with what the network made of it: the moving average's state and the output after
+the last label (one row of the table `ends`), and a row of keys and values for each label that can still be attended to
+(table `labels`, shared with every longer prefix). Rows go back when the last prefix that needs them is forgotten, so
+memory grows with the distinct labels in use, not with their square.
+
+`PrefixMemory.extend` goes on from prefixes by one label each. It answers from memory where that very prefix has been
+extended by that label with these weights; all others are evaluated in one flat step (`step.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.mega.precision import at_least_float32
+from espnet_mega_plugin.mega.rows import Row, Table
+from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
+from espnet_mega_plugin.mega.step import Constants, Past, step
+
+if TYPE_CHECKING:
+    from espnet_mega_plugin.mega.network import MegaNetwork
+
+NO_ROWS = np.empty(0, dtype=np.int64)
+
+
+class Tables:
+    """The rows of all prefixes, on one device and in one dtype."""
+
+    def __init__(self, network: MegaNetwork):
+        weight = network.embed.weight
+        exact = at_least_float32(weight.dtype)
+        blocks, D = network.num_blocks, network.output_size
+        self.device, self.dtype, self.exact = weight.device, weight.dtype, exact
+        width = network.mega_att_k_size + network.mega_att_v_size
+        of_labels = [(blocks, (width,), weight.dtype)]
+        if network.truncation_length is not None:
+            of_labels.append((blocks, (D,), exact))  # block inputs
+        self.labels = Table(*of_labels, device=weight.device)
+        of_ends = [(blocks, (D, network.mega_ema_num_heads), exact), (1, (D,), weight.dtype)]
+        self.ends = Table(*of_ends, device=weight.device)
+
+    def fit(self, network: MegaNetwork) -> bool:
+        weight = network.embed.weight
+        return weight.device == self.device and weight.dtype == self.dtype
+
+
+class Prefix:
+    """A label sequence from some first label on, and what the network made of it."""
+
+    __slots__ = ("__weakref__", "attended", "children", "end", "labels", "length", "padded", "rows", "tables")
+
+    def __init__(self, tables: Tables, end: Row | None, length: int, labels: tuple[Row, ...], attended: int):
+        self.tables = tables
+        self.end = end  # None before the first label
+        self.length = length  # labels so far
+        self.labels = labels  # rows of the last labels: as many as the attention or the truncated average can need
+        self.attended = attended  # how many of them the next label may attend to
+        self.rows = NO_ROWS  # their indices
+        self.padded: np.ndarray | None = None  # which of them are padding, where any is
+        self.children: dict[int, tuple[Constants, weakref.ref[Prefix]]] = {}
+
+
+class PrefixMemory:
+    """The prefixes of one decoder.
+
+    Args:
+        remembered: how many prefixes are kept that nobody holds a state of, the last used ones. A search asks again for
+            what it expanded one or two frames ago.
+    """
+
+    def __init__(self, remembered: int = 1024):
+        self.remembered = remembered
+        self._lock = threading.RLock()
+        self._tables: Tables | None = None
+        self._constants: tuple[tuple, Constants] | None = None
+        self.evaluated = 0  # prefixes the network was run for, since the decoder was made
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all that no state refers to. States handed out stay valid."""
+        with self._lock:
+            self._recent: OrderedDict[Prefix, None] = OrderedDict()
+            self._root: Prefix | None = None
+            self._shared: tuple[Prefix | None, np.ndarray, Tensor | None] = (None, NO_ROWS, None)
+            if self._tables is not None:
+                self._tables.labels.shrink()
+                self._tables.ends.shrink()
+
+    @property
+    def tables(self) -> Tables | None:
+        return self._tables
+
+    def root(self, network: MegaNetwork) -> Prefix:
+        """The prefix before the first label."""
+        with self._lock:
+            tables = self._fitting(network)
+            if self._root is None:
+                self._root = Prefix(tables, None, 0, (), 0)
+            return self._root
+
+    def fits(self, prefix: Prefix, network: MegaNetwork) -> bool:
+        """Whether a prefix' rows are where the network's parameters are now."""
+        with self._lock:
+            return prefix.tables is self._fitting(network)
+
+    @torch.no_grad()
+    def adopt(self, network: MegaNetwork, memory: MegaMemory) -> Prefix:
+        """A prefix for one hypothesis' memory that was built by hand or came from elsewhere."""
+        with self._lock:
+            tables = self._fitting(network)
+            length = memory.positions[0]
+            attended = min(network.attended_labels(length), memory.padding.shape[1])
+            inputs = memory.blocks[0].inputs
+            count = max(attended, 0 if inputs is None else inputs.shape[1])
+            rows, (end,) = tables.labels.lend(count), tables.ends.lend(1)
+            prefix = Prefix(tables, end, length, tuple(rows), attended)
+            prefix.rows = indices = _indices(rows)
+            prefix.rows = indices[count - attended :]
+            padded = memory.padding[0, memory.padding.shape[1] - attended :].cpu().numpy()
+            prefix.padded = padded if padded.any() else None
+            index = torch.from_numpy(indices).to(tables.device)
+            for b, block in enumerate(memory.blocks):
+                tables.ends.tensors[0][b, end.index] = block.ema[0].to(tables.exact)
+                if attended:
+                    known = torch.cat([block.keys[0], block.values[0].to(block.keys.dtype)], 1)[-attended:]
+                    tables.labels.tensors[0][b, index[count - attended :]] = known.to(tables.device, tables.dtype)
+                if inputs is not None and inputs.shape[1]:
+                    seen = block.inputs[0].to(tables.device, tables.exact)
+                    tables.labels.tensors[1][b, index[count - seen.shape[0] :]] = seen
+            return prefix
+
+    @torch.no_grad()
+    def extend(
+        self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int], weights: tuple
+    ) -> tuple[Tensor, list[Prefix]]:
+        """Go on from each prefix by its label.
+
+        Args:
+            prefixes: those `fits` holds for.
+            labels: one for each, of the vocabulary.
+            weights: a value that differs whenever the network would give other numbers.
+
+        Returns:
+            out: decoder output after the label. (B, D)
+            extended: the longer prefixes.
+        """
+        with self._lock:
+            constants = self._constants_of(network, weights)
+            pairs = list(zip(prefixes, labels, strict=True))
+            known = {pair: self._known(*pair, constants) for pair in pairs}
+            new = [pair for pair, child in known.items() if child is None]
+            if new:
+                known.update(zip(new, self._evaluate(network, constants, new), strict=True))
+            extended = [known[pair] for pair in pairs]
+            for prefix in extended:
+                self._recent[prefix] = None
+                self._recent.move_to_end(prefix)
+            tables = self._tables
+            index = torch.tensor([prefix.end.index for prefix in extended]).to(tables.device, non_blocking=True)
+            out = tables.ends.tensors[1][0].index_select(0, index)
+            while len(self._recent) > self.remembered:
+                self._recent.popitem(last=False)
+            return out, extended
+
+    def memory(self, prefix: Prefix, network: MegaNetwork) -> MegaMemory:
+        """What `network.extend` and the documented states take, as new tensors of a batch of one."""
+        tables, S = prefix.tables, network.mega_att_k_size
+        index = torch.from_numpy(prefix.rows).to(tables.device)
+        K = network.truncation_length
+        recent = None
+        if K is not None:
+            recent = torch.from_numpy(_indices(prefix.labels[max(0, len(prefix.labels) - (K - 1)) :])).to(tables.device)
+        empty = network.empty_memory(1)
+        blocks = []
+        for b in range(network.num_blocks):
+            if prefix.end is None:
+                ema = empty.blocks[b].ema.to(tables.device, tables.exact)
+            else:
+                ema = tables.ends.tensors[0][b, prefix.end.index].clone()[None]
+            if prefix.labels:
+                rows = tables.labels.tensors[0][b].index_select(0, index)[None]
+                keys, values = rows[..., :S].contiguous(), rows[..., S:].contiguous()
+                inputs = None if K is None else tables.labels.tensors[1][b].index_select(0, recent)[None]
+            else:
+                keys, values, inputs = empty.blocks[b].keys, empty.blocks[b].values, empty.blocks[b].inputs
+            blocks.append(BlockMemory(ema, keys, values, inputs))
+        padded = np.zeros(len(prefix.rows), dtype=bool) if prefix.padded is None else prefix.padded
+        return MegaMemory(blocks, torch.from_numpy(padded.copy()).to(tables.device)[None], [prefix.length])
+
+    def __reduce__(self):
+        return PrefixMemory, (self.remembered,)  # a copy, a pickle, a replica: remembers nothing
+
+    # -- all below runs under the lock
+
+    def _fitting(self, network: MegaNetwork) -> Tables:
+        if self._tables is None or not self._tables.fit(network):
+            self.forget()
+            self._tables, self._constants = Tables(network), None
+        return self._tables
+
+    def _constants_of(self, network: MegaNetwork, weights: tuple) -> Constants:
+        if self._constants is None or self._constants[0] != weights:
+            self._constants = (weights, Constants(network))
+        return self._constants[1]
+
+    @staticmethod
+    def _known(prefix: Prefix, label: int, constants: Constants) -> Prefix | None:
+        made_with, child = prefix.children.get(label, (None, None))
+        return child() if made_with is constants else None
+
+    def _evaluate(self, network: MegaNetwork, constants: Constants, new: list[tuple[Prefix, int]]) -> list[Prefix]:
+        tables = self._tables
+        prefixes, labels = [prefix for prefix, _ in new], [label for _, label in new]
+        padding = [label == network.pad_idx and prefix.length > 0 for prefix, label in new]
+        past = self._past(network, constants, prefixes, padding)
+        label_rows, end_rows = tables.labels.lend(len(new)), tables.ends.lend(len(new))
+        on_device = torch.tensor([labels, [row.index for row in label_rows], [row.index for row in end_rows]])
+        label_ids, label_index, end_index = on_device.to(tables.device, non_blocking=True)
+        self.evaluated += len(new)
+        masked = torch.tensor(padding).to(tables.device, non_blocking=True) if any(padding) else None
+        out, fresh = step(network, constants, label_ids, masked, past)
+        for b in range(network.num_blocks):
+            tables.ends.tensors[0][b].index_copy_(0, end_index, fresh.ema[b].to(tables.exact))
+            tables.labels.tensors[0][b].index_copy_(0, label_index, fresh.keys_values[b].to(tables.dtype))
+            if fresh.inputs:
+                tables.labels.tensors[1][b].index_copy_(0, label_index, fresh.inputs[b].to(tables.exact))
+        tables.ends.tensors[1][0].index_copy_(0, end_index, out.to(tables.dtype))
+        return [
+            _child(network, constants, prefix, label, padded, label_row, end_row)
+            for (prefix, label), padded, label_row, end_row in zip(new, padding, label_rows, end_rows, strict=True)
+        ]
+
+    def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]) -> Past:
+        tables = self._tables
+        views = [_view(prefix, padded) for prefix, padded in zip(prefixes, padding, strict=True)]
+        rows = [view[0] for view in views]
+        P, lengths = _common(rows), np.array([len(row) for row in rows])
+        T = int(lengths.max()) - P
+
+        # distance of each column's label from the new one; -1: not seen
+        places = np.array([prefix.length for prefix in prefixes])
+        distance = np.full((len(rows), P + T + 1), -1, dtype=np.int64)
+        own = np.zeros((len(rows), T), dtype=np.int64)
+        distance[:, :P] = places[:, None] - views[0][1][:P]
+        for i, (row, place, sees_itself) in enumerate(views):
+            own[i, : len(row) - P] = row[P:]
+            distance[i, P : len(row)] = places[i] - place[P:]
+            distance[i, -1] = 0 if sees_itself else -1
+        table = constants.bias(network, int(distance.max()) + 1)
+        distance = torch.from_numpy(distance).to(tables.device, non_blocking=True)
+        bias = table[:, distance.clamp(min=0)].masked_fill(distance < 0, float("-inf"))
+
+        of_labels = tables.labels.tensors
+        blocks, B = network.num_blocks, len(rows)
+        if T:
+            index = torch.from_numpy(own).to(tables.device, non_blocking=True).flatten()
+            gathered = of_labels[0].index_select(1, index).view(blocks, B, T, -1)
+        else:
+            gathered = bias.new_empty(blocks, B, 0, 0)
+        shared = self._gathered_once(prefixes[0], rows[0][:P]) if P else bias.new_empty(blocks, 0, 0)
+        return Past(self._ema(prefixes), self._inputs(network, prefixes), shared, gathered, bias)
+
+    def _gathered_once(self, prefix: Prefix, rows: np.ndarray) -> Tensor:
+        """Keys and values of the rows, side by side; those of the call before stay where they are."""
+        of_labels = self._tables.labels.tensors[0]
+        _, held, buffer = self._shared
+        if buffer is None or buffer.shape[1] < len(rows):
+            with torch.inference_mode(False):
+                buffer = of_labels.new_empty(of_labels.shape[0], max(64, 2 * len(rows)), of_labels.shape[2])
+            held = NO_ROWS
+        both = min(len(held), len(rows))
+        differing = np.flatnonzero(held[:both] != rows[:both])
+        kept = int(differing[0]) if len(differing) else both
+        if kept < len(rows):
+            index = torch.from_numpy(rows[kept:]).to(of_labels.device, non_blocking=True)
+            buffer[:, kept : len(rows)] = of_labels.index_select(1, index)
+        # The prefix is held so that none of its rows can be lent to another label while the buffer counts on them
+        self._shared = (prefix, rows, buffer)
+        return buffer[:, : len(rows)]
+
+    def _ema(self, prefixes: list[Prefix]) -> Tensor:
+        ends = self._tables.ends
+        index = [0 if prefix.end is None else prefix.end.index for prefix in prefixes]
+        if not ends.size:
+            ends.lend(1)
+        ema = ends.tensors[0].index_select(1, torch.tensor(index).to(ends.device, non_blocking=True))
+        for i, prefix in enumerate(prefixes):
+            if prefix.end is None:
+                ema[:, i] = 0.0
+        return ema
+
+    def _inputs(self, network: MegaNetwork, prefixes: list[Prefix]) -> Tensor | None:
+        if network.truncation_length is None:
+            return None
+        of_labels = self._tables.labels
+        recent = [prefix.labels[max(0, len(prefix.labels) - (network.truncation_length - 1)) :] for prefix in prefixes]
+        longest = max(len(rows) for rows in recent)
+        index = np.zeros((len(recent), longest), dtype=np.int64)
+        before = np.ones((len(recent), longest), dtype=bool)
+        for i, rows in enumerate(recent):
+            index[i, longest - len(rows) :] = _indices(rows)
+            before[i, longest - len(rows) :] = False
+        if longest == 0:
+            shape = len(network.mega_blocks), len(prefixes), 0, network.output_size
+            return torch.empty(shape, dtype=self._tables.exact, device=of_labels.device)
+        index = torch.from_numpy(index).to(of_labels.device, non_blocking=True)
+        inputs = of_labels.tensors[1].index_select(1, index.flatten())
+        inputs = inputs.view(inputs.shape[0], *index.shape, -1)
+        if not before.any():
+            return inputs
+        return inputs.masked_fill(torch.from_numpy(before).to(of_labels.device)[..., None], 0.0)
+
+
+def _child(network, constants: Constants, prefix: Prefix, label: int, padded: bool, label_row: Row, end_row: Row):
+    length = prefix.length + 1
+    attended = min(prefix.attended + 1, network.attended_labels(length))
+    kept = max(attended, (network.truncation_length or 1) - 1)
+    labels = (*prefix.labels, label_row)
+    child = Prefix(prefix.tables, end_row, length, labels[max(0, len(labels) - kept) :], attended)
+    rows = np.append(prefix.rows, label_row.index)
+    child.rows = rows[len(rows) - attended :]
+    if padded or prefix.padded is not None:
+        before = np.zeros(len(prefix.rows), dtype=bool) if prefix.padded is None else prefix.padded
+        marks = np.append(before, padded)[len(rows) - attended :]
+        child.padded = marks if marks.any() else None
+    prefix.children[label] = (constants, weakref.ref(child))
+    return child
+
+
+def _view(prefix: Prefix, padding: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Which labels the next one sees: their rows, their places, and whether it sees itself."""
+    # A chunk's first label starts from nothing, whatever the prefix keeps for the truncated average
+    places = np.arange(prefix.length - prefix.attended, prefix.length)
+    if prefix.padded is None and not padding:
+        return prefix.rows, places, True
+    padded = np.zeros(len(prefix.rows), dtype=bool) if prefix.padded is None else prefix.padded
+    if padding and padded.all():  # nothing but padding in reach: then padding is seen
+        return prefix.rows, places, True
+    return prefix.rows[~padded], places[~padded], not padding
+
+
+def _common(rows: list[np.ndarray]) -> int:
+    """How many leading entries all have in common."""
+    first, common = rows[0], min(len(row) for row in rows)
+    for row in rows[1:]:
+        differing = np.flatnonzero(first[:common] != row[:common])
+        if len(differing):
+            common = int(differing[0])
+    return common
+
+
+def _indices(rows: tuple[Row, ...] | list[Row]) -> np.ndarray:
+    return np.fromiter((row.index for row in rows), dtype=np.int64, count=len(rows))

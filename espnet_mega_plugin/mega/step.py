@@ -1,0 +1,128 @@
+"""One new label for each of B hypotheses: the flat form of `MegaNetwork.extend`, in tensors alone.
+
+What the hypotheses share of their past is attended to once for all of them, as one matrix product; only what a
+hypothesis has of its own is gathered for it. So the cost of a step hardly grows with the history of a beam.
+
+    scores = [Q Ks' | q Ko' | q k'] + bias      shared (P), own (T), the label itself (1)
+    o      = softmax(scores) [Vs | Vo | v]
+
+B hypotheses, P shared and T own labels, D block size, N EMA heads, S query/key size, E value size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.mega.block import softmax
+from espnet_mega_plugin.mega.ema import Coefficients
+from espnet_mega_plugin.mega.precision import without_autocast
+
+if TYPE_CHECKING:
+    from espnet_mega_plugin.mega.network import MegaNetwork
+
+
+class Past(NamedTuple):
+    """What the new labels go on from; one entry a block in front."""
+
+    ema: Tensor  # (blocks, B, D, N)
+    inputs: Tensor | None  # with a truncation length K: the last inputs, zeros before the first. (blocks, B, <K, D)
+    shared: Tensor  # keys | values all hypotheses see. (blocks, P, S + E)
+    own: Tensor  # keys | values each sees of its own. (blocks, B, T, S + E)
+    bias: Tensor  # position bias; -inf where a hypothesis does not see a label. (blocks, B, P + T + 1)
+
+
+class Fresh(NamedTuple):
+    """What the new labels leave behind; one entry a block."""
+
+    ema: list[Tensor]  # (B, D, N)
+    inputs: list[Tensor]  # (B, D)
+    keys_values: list[Tensor]  # (B, S + E)
+
+
+class Constants:
+    """What every step needs of the weights and only the weights decide."""
+
+    def __init__(self, network: MegaNetwork):
+        with without_autocast(network.embed.weight.device):
+            self.ema: list[Coefficients] = [
+                block.multihead_damped_ema.coefficients() for block, _ in network.mega_blocks
+            ]
+        self._distances = 0
+        self._bias = None
+
+    def bias(self, network: MegaNetwork, distances: int) -> Tensor:
+        """Position bias of each block for the distances 0 .. at least distances - 1. (blocks, >= distances)"""
+        if distances > self._distances:
+            self._distances = max(64, 2 * distances)
+            by_block = [block.rel_pos_bias.by_distance(self._distances) for block, _ in network.mega_blocks]
+            self._bias = torch.stack(by_block)
+        return self._bias
+
+
+def step(
+    network: MegaNetwork, constants: Constants, labels: Tensor, padding: Tensor | None, past: Past
+) -> tuple[Tensor, Fresh]:
+    """Go on by one label for each hypothesis, without dropout.
+
+    Args:
+        labels: the new label of each. (B,) int64
+        padding: true where it is padding; None where none is. (B,) bool
+        past: what they go on from; not modified.
+
+    Returns:
+        out: decoder output. (B, D)
+        fresh: what to remember of the new labels.
+    """
+    x = network.embed(labels)
+    fresh = Fresh([], [], [])
+    for b, (block, feed_forward) in enumerate(network.mega_blocks):
+        x = _block(block, constants.ema[b], b, x, padding, past, fresh)
+        x = feed_forward.extend(x)
+    return network.final_norm(x), fresh
+
+
+def _block(block, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
+    entered = block.enter(x)
+    value = block.activation(block.proj_v(entered))
+    averaged = _average(block.multihead_damped_ema, coefficients, b, entered, padding, past, fresh)
+    update, query, key, r, intermediate = block.gates(averaged)
+    attended = _attend(query * block.scaling, key, value, past.shared[b], past.own[b], past.bias[b])
+    fresh.keys_values.append(torch.cat([key, value.to(key.dtype)], 1))
+    return block.leave(x, update, block.activation(intermediate + block.proj_h(attended * r)))
+
+
+def _average(ema, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
+    weight, decay, project = coefficients
+    with without_autocast(x.device):
+        seen = x.to(torch.promote_types(x.dtype, decay.dtype))
+        if padding is not None:
+            seen = seen.masked_fill(padding[:, None], 0.0)
+        if past.inputs is None:
+            state = torch.addcmul(decay * past.ema[b], weight, seen[..., None])
+        else:
+            window = torch.cat([past.inputs[b], seen[:, None]], 1)
+            lag = torch.arange(window.shape[1] - 1, -1, -1, device=x.device)
+            state = torch.einsum("bkd,kdn->bdn", window, weight * decay ** lag[:, None, None])
+            fresh.inputs.append(seen)
+        fresh.ema.append(state)
+        y = (state * project).sum(-1).to(x.dtype)
+    return ema.activation(y + x * ema.residual_weight)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, shared: Tensor, own: Tensor, bias: Tensor) -> Tensor:
+    S, P, T = key.shape[1], shared.shape[0], own.shape[1]
+    shared, own = shared.to(value.dtype), own.to(value.dtype)
+    scores = [query @ shared[:, :S].T.to(query.dtype)] if P else []
+    if T:
+        scores.append(torch.bmm(own[..., :S].to(query.dtype), query.unsqueeze(2)).squeeze(2))
+    scores.append((query * key).sum(1, keepdim=True))
+    weights = softmax((torch.cat(scores, 1) if len(scores) > 1 else scores[0]) + bias).to(value.dtype)
+    attended = weights[:, -1:] * value
+    if P:
+        attended = torch.addmm(attended, weights[:, :P], shared[:, S:])
+    if T:
+        attended = torch.baddbmm(attended.unsqueeze(1), weights[:, None, P:-1], own[..., S:]).squeeze(1)
+    return attended
