@@ -1,9 +1,11 @@
-"""The door of the loss: everything is checked here, once, and leaves in one form.
+"""The door of the losses: everything is checked here, once, goes on in one form and leaves in one form.
 
 B utterances, T frames, U labels, V classes.
 """
 
 import math
+import re
+from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -27,13 +29,61 @@ class Problem(NamedTuple):
 
 
 def problem(
-    acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int, check: bool | None
+    acts: Tensor,
+    labels: Tensor,
+    act_lens: Tensor,
+    label_lens: Tensor,
+    blank: int,
+    check: bool | None,
+    names: Mapping[str, str] | None = None,
 ) -> Problem:
     """Refuse what is wrong with a ValueError (TypeError for a wrong type) that names the argument.
 
     Shapes and types are always checked, the values of lengths and labels where that costs no synchronisation (``acts``
     or all three of them on the CPU) or with ``check=True``. Otherwise the utterances at fault are marked ``invalid``.
+
+    Args:
+        names: what the caller's user calls these arguments, where it is something else; messages use it.
     """
+    try:
+        return _problem(acts, labels, act_lens, label_lens, blank, check)
+    except (TypeError, ValueError) as error:
+        if names is None:
+            raise
+        raise type(error)(_renamed(str(error), names)) from None
+
+
+def moved(integers: Tensor, device: torch.device) -> Tensor:
+    """As int64 on this device; the copy does not wait until the device has done what it still has to do."""
+    return integers.to(device, torch.int64, non_blocking=device.type != "cpu")
+
+
+def unbuilt(shape: tuple[int, int, int, int], like: Tensor) -> Tensor:
+    """Logits of this shape, with the type and device of ``like``, that take no memory but for one number."""
+    return like.detach().new_empty(1).expand(shape)
+
+
+def reduced(costs: Tensor, invalid: Tensor | None, reduction: str) -> Tensor:
+    """What warp-transducer makes of the costs (B,): themselves, their sum (1,) or it divided by B (1,).
+
+    Utterances that are ``invalid`` cost NaN.
+    """
+    if invalid is not None:
+        costs = costs * torch.where(invalid, torch.nan, 1.0)
+    if reduction == "none":
+        return costs
+    total = costs.sum(0, keepdim=True)
+    return total / max(1, len(costs)) if reduction == "mean" else total
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+    return pattern.sub(lambda found: names[found[0]], text)
+
+
+def _problem(
+    acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor, blank: int, check: bool | None
+) -> Problem:
     blank = _shapes_and_types(acts, labels, act_lens, label_lens, blank)
     B, T, U1, V = acts.shape
     if check is None:
@@ -42,8 +92,7 @@ def problem(
         # once on the CPU: a device is synchronised once for each tensor, not once for each question
         _lengths(act_lens.cpu().long(), label_lens.cpu().long(), T, U1)
         _labels(labels[:, : U1 - 1].cpu().long(), label_lens.cpu().long(), V, blank)
-    frames, lengths = (x.to(acts.device, torch.int64) for x in (act_lens, label_lens))
-    labels = labels[:, : U1 - 1].to(acts.device, torch.int64)
+    labels, frames, lengths = (moved(x, acts.device) for x in (labels[:, : U1 - 1], act_lens, label_lens))
     if check:
         return Problem(acts, labels.masked_fill(_beyond(labels, lengths), blank), frames, lengths, blank, None)
     invalid = (frames < 1) | (frames > T) | (lengths < 0) | (lengths > U1 - 1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espnet_mega_plugin.rnnt import arguments, other_names, wavefront
+from espnet_mega_plugin.rnnt import arguments, wavefront
 from espnet_mega_plugin.rnnt.lattice import shares
 from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 
@@ -52,8 +52,11 @@ def fused_rnnt_loss(
 
     Under autocast the products are made in its type, as torch's linear layer does; sums over classes, the lattice and
     sums over tiles stay float32 (float64 for float64 inputs). Every input that requires a gradient gets one, and
-    backward may run again on a retained graph. On a GPU the host waits for the device twice, in forward: for the number
-    of cells within the lengths and for the number of those that backward will compute.
+    backward may run again on a retained graph.
+
+    On a GPU the host waits for the device where the size of a product hangs on numbers that only the device has: once
+    for how many cells lie within the lengths, unless both lengths are given on the CPU, and, where there will be a
+    backward, once for how many cells it has to compute, unless ``threshold`` is 0.
 
     Args:
         enc: encoder output, projected to the joint space. (B, T, J)
@@ -66,8 +69,8 @@ def fused_rnnt_loss(
         activation: any function or module that treats every element alike and always in the same way (no dropout);
             its parameters, if it has any, are trained, too.
         blank, reduction, fastemit_lambda, check: as in `rnnt_loss`.
-        threshold: cells whose posterior is at most this give no gradient. None: 1e-8, and 1e-18 for float64; 0 keeps
-            all.
+        threshold: cells whose posterior is at most this give no gradient and are not computed in backward. None: 1e-8,
+            and 1e-18 for float64; 0 keeps all.
 
     Returns:
         as `rnnt_loss`: (1,), or (B,) with reduction "none".
@@ -76,48 +79,27 @@ def fused_rnnt_loss(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     arguments.options(reduction, fastemit_lambda, threshold)
-    given = _problem(enc, dec, weight, bias, labels, frame_lengths, label_lengths, activation, blank, check)
-    inputs = (enc, dec, weight, bias)
-    if len(enc):
-        found = costs(*inputs, *given[1:4], activation, given.blank, fastemit_lambda, threshold=threshold)
-    else:
-        found = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs if x is not None)
-    if given.invalid is not None:
-        found = found * torch.where(given.invalid, torch.nan, 1.0)
-    if reduction == "none":
-        return found
-    total = found.sum(0, keepdim=True)
-    return total / max(1, len(found)) if reduction == "mean" else total
-
-
-def costs(
-    enc: Tensor,
-    dec: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    frame_lengths: Tensor,
-    label_lengths: Tensor,
-    activation: Callable[[Tensor], Tensor],
-    blank: int = 0,
-    fastemit_lambda: float = 0.0,
-    *,
-    threshold: float | None = None,
-) -> Tensor:
-    """-log P of each utterance, arguments unchecked. (B,)"""
+    _shapes_and_types(enc, dec, weight, bias, activation)
+    logits = arguments.unbuilt((*enc.shape[:2], dec.shape[1], len(weight)), enc)
+    given = arguments.problem(logits, labels, frame_lengths, label_lengths, blank, check, NAMES)
     parameters = activation.parameters() if isinstance(activation, torch.nn.Module) else ()
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    inputs = (enc, dec, weight, bias, *parameters)
-    dtype = _product_type(enc, dec, weight)
-    options = _Options(
-        activation,
-        blank,
-        fastemit_lambda,
-        THRESHOLD[accumulator(dtype)] if threshold is None else threshold,
-        dtype,
-        wanted=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs),
-    )
-    return _Costs.apply(enc, dec, weight, bias, labels, frame_lengths, label_lengths, options, *parameters)
+    inputs = [x for x in (enc, dec, weight, bias, *parameters) if x is not None]
+    if len(enc):
+        dtype = _product_type(enc, dec, weight)
+        options = _Options(
+            activation,
+            given.blank,
+            fastemit_lambda,
+            THRESHOLD[accumulator(dtype)] if threshold is None else threshold,
+            dtype,
+            wanted=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+            count=_count(frame_lengths, label_lengths, logits),
+        )
+        costs = _Costs.apply(enc, dec, weight, bias, *given[1:4], options, *parameters)
+    else:
+        costs = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs)
+    return arguments.reduced(costs, given.invalid, reduction)
 
 
 class _Options(NamedTuple):
@@ -127,6 +109,7 @@ class _Options(NamedTuple):
     threshold: float
     dtype: torch.dtype  # of the products
     wanted: bool  # whether there will be a backward
+    count: int | None  # of the cells within the lengths; None: to be asked of the tensors
 
 
 class _Costs(torch.autograd.Function):
@@ -135,23 +118,24 @@ class _Costs(torch.autograd.Function):
         B, T, U1 = *enc.shape[:2], dec.shape[1]
         joint = _Joint(enc, dec, weight, bias, options)
         labels = torch.nn.functional.pad(labels, (0, 1), value=options.blank)  # (B, U+1): the last row has no next one
-        inside = _inside(B, T, U1, frame_lengths, label_lengths)
+        cells = _where(_inside(B, T, U1, frame_lengths, label_lengths), options.count)
         lse, at_blank, at_label = (torch.zeros(B, T, U1, dtype=torch.float64, device=enc.device) for _ in range(3))
         with torch.autocast(enc.device.type, enabled=False):
-            for cells in _where(inside).split(joint.rows_of_a_tile):
+            for tile in cells.split(joint.rows_of_a_tile):
                 found = _statistics(
-                    joint.logits(joint.hidden(cells)), labels.view(-1)[joint.dec_row(cells)], options.blank
+                    joint.logits(joint.hidden(tile)), labels.view(-1)[joint.dec_row(tile)], options.blank
                 )
                 for plane, values in zip((lse, at_blank, at_label), found, strict=True):
-                    plane.view(-1)[cells] = values
+                    plane.view(-1)[tile] = values
         log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, options.wanted)
         if options.wanted:
             by_label.mul_(1 + options.fastemit_lambda)
             share = by_blank + by_label
-            cells = _where(~(share <= options.threshold))  # a NaN stays
+            if options.threshold or wavefront.lengths_are_free(enc):
+                cells = _where(~(share <= options.threshold))  # a NaN stays
             planes = (lse, at_blank, at_label, by_blank, by_label, share)
             lse, at_blank, at_label, by_blank, by_label, share = (plane.view(-1)[cells] for plane in planes)
-            # p_k share = exp(logit - offset)
+            # p_k share = exp(logit - offset); nothing is left at +inf
             offset = lse.sub_(share.log())
             at_blank.exp_().mul_(share).sub_(by_blank)
             at_label.exp_().mul_(share).sub_(by_label)
@@ -296,12 +280,12 @@ def _gradient_to_logits(joint: _Joint, hidden: Tensor, rows: _Rows, sign: Tensor
     """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow."""
     logits = joint.logits(hidden)
     grad = logits if logits.dtype == joint.sums else torch.empty_like(logits, dtype=joint.sums)
-    wavefront._exp_without_subnormals(grad, logits, rows.shift)
+    wavefront.exp_without_subnormals(grad, logits, rows.shift)
     if sign is not None:
         grad.mul_(sign[:, None])
     # where there is no next label its place is the blank's, so the blank's entry is written last
-    grad.scatter_(1, rows.next_label[:, None], wavefront._without_subnormals(rows.at_label)[:, None])
-    grad[:, joint.blank] = wavefront._without_subnormals(rows.at_blank)
+    grad.scatter_(1, rows.next_label[:, None], wavefront.without_subnormals(rows.at_label)[:, None])
+    grad[:, joint.blank] = wavefront.without_subnormals(rows.at_blank)
     return grad if grad is logits else logits.copy_(grad)
 
 
@@ -332,15 +316,18 @@ def _inside(B: int, T: int, U1: int, frame_lengths: Tensor, label_lengths: Tenso
     return (t[:, None] < frame_lengths[:, None, None]) & (u <= label_lengths[:, None, None])
 
 
-def _where(cells: Tensor) -> Tensor:
-    return cells.view(-1).nonzero()[:, 0]
+def _where(cells: Tensor, count: int | None = None) -> Tensor:
+    """Places of those that are True, ``count`` of them: without it a device is waited for."""
+    cells = cells.view(-1)
+    return (cells.nonzero() if count is None else cells.nonzero_static(size=count))[:, 0]
 
 
-def _problem(enc, dec, weight, bias, labels, frame_lengths, label_lengths, activation, blank, check):
-    """Everything checked, by the standard loss's door: (acts, labels, frame_lengths, label_lengths, blank, invalid)."""
-    _shapes_and_types(enc, dec, weight, bias, activation)
-    shape = (*enc.shape[:2], dec.shape[1], len(weight))
-    return other_names.problem(NAMES, shape, enc, labels, frame_lengths, label_lengths, blank, check)
+def _count(frame_lengths: Tensor, label_lengths: Tensor, logits: Tensor) -> int | None:
+    """How many cells lie within the lengths, where these are on the CPU and the logits would not be."""
+    if wavefront.lengths_are_free(logits) or any(x.device.type != "cpu" for x in (frame_lengths, label_lengths)):
+        return None
+    _, T, U1, _ = logits.shape
+    return int((frame_lengths.long().clamp(1, T) * (label_lengths.long().clamp(0, U1 - 1) + 1)).sum())
 
 
 def _shapes_and_types(enc, dec, weight, bias, activation) -> None:

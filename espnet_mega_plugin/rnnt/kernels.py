@@ -98,7 +98,7 @@ class _Costs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_costs):
-        logits, *targets, lse, by_blank, by_label = wavefront._saved(ctx)
+        logits, *targets, lse, by_blank, by_label = wavefront.saved_tensors(ctx)
         B, T, U1, V = logits.shape
         logits = logits.detach()
         rows = logits.contiguous()

@@ -47,7 +47,7 @@ def shares(blank: Tensor, label: Tensor, frame_lengths: Tensor, label_lengths: T
     arcs = [_arcs_forward(blank, label, last_t, last_u)]
     if posteriors:
         arcs.append(_arcs_backward(blank, label, last_t, last_u))
-    scores = _path_scores(*(torch.cat(planes, 1) for planes in zip(*arcs, strict=True)))
+    scores = path_scores(*(torch.cat(planes, 1) for planes in zip(*arcs, strict=True)))
     del arcs
     alpha = _off_diagonals(scores[:, :B], t, u)
     log_prob = alpha.reshape(B, T * U1).gather(1, end).view(B, 1, 1) + last_blank
@@ -73,8 +73,8 @@ def _arcs_forward(blank: Tensor, label: Tensor, last_t: Tensor, last_u: Tensor) 
     n, u = _diagonals_and_columns(blank)
     t = n - u
     return (
-        _pick(blank, t, u, (t >= 0) & (t < last_t) & (u <= last_u)),
-        _pick(label, t + 1, u - 1, (t + 1 >= 0) & (t + 1 <= last_t) & (u >= 1) & (u <= last_u)),
+        pick(blank, t, u, (t >= 0) & (t < last_t) & (u <= last_u)),
+        pick(label, t + 1, u - 1, (t + 1 >= 0) & (t + 1 <= last_t) & (u >= 1) & (u <= last_u)),
     )
 
 
@@ -84,8 +84,8 @@ def _arcs_backward(blank: Tensor, label: Tensor, last_t: Tensor, last_u: Tensor)
     t, u = last_t - (n + 1 - v), last_u - v
     inside = (t >= 0) & (t <= last_t) & (u >= 0)
     return (
-        _pick(blank, t, u, inside & (t < last_t)),
-        _pick(label, t, u, inside & (u < last_u)),
+        pick(blank, t, u, inside & (t < last_t)),
+        pick(label, t, u, inside & (u < last_u)),
     )
 
 
@@ -94,7 +94,7 @@ def _diagonals_and_columns(plane: Tensor) -> tuple[Tensor, Tensor]:
     return torch.arange(T + U1 - 2, device=plane.device)[:, None, None], torch.arange(U1, device=plane.device)
 
 
-def _pick(plane: Tensor, t: Tensor, u: Tensor, ok: Tensor) -> Tensor:
+def pick(plane: Tensor, t: Tensor, u: Tensor, ok: Tensor) -> Tensor:
     """plane[b, t, u] where ok, else -inf. Indices broadcast to (N, B, U1)."""
     B, T, U1 = plane.shape
     rows = torch.arange(B, device=plane.device)[:, None] * (T * U1)
@@ -102,7 +102,7 @@ def _pick(plane: Tensor, t: Tensor, u: Tensor, ok: Tensor) -> Tensor:
     return plane.take(index).masked_fill_(~ok, -torch.inf)
 
 
-def _path_scores(blank: Tensor, label: Tensor) -> Tensor:
+def path_scores(blank: Tensor, label: Tensor) -> Tensor:
     """score(n+1, u) = log(exp(score(n, u) + blank arc) + exp(score(n, u-1) + label arc)). (N+1, rows, U1)"""
     N, rows, U1 = blank.shape
     padded = blank.new_full((N + 1, rows, U1 + 1), -torch.inf)  # a column before the first: nothing comes from there

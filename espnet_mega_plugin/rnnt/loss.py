@@ -6,6 +6,10 @@ the value alone. Source: Graves 2012 (arXiv:1211.3711); FastEmit: Yu et al. 2020
 B utterances, T frames, U labels, V classes.
 """
 
+import functools
+import os
+import shutil
+
 import torch
 from torch import Tensor
 
@@ -17,7 +21,28 @@ def _reference(logits, labels, frame_lengths, label_lengths, blank, fastemit_lam
     return found.to(wavefront.accumulator(logits.dtype))
 
 
-METHODS = {"reference": _reference, "wavefront": wavefront.costs}
+def _triton(*problem, **options):
+    from espnet_mega_plugin.rnnt.kernels import triton_rnnt_loss
+
+    return triton_rnnt_loss(*problem, **options)
+
+
+METHODS = {"reference": _reference, "wavefront": wavefront.costs, "triton": _triton}
+
+
+def fastest(device: torch.device) -> str:
+    """What the method "auto" stands for on this device."""
+    return "triton" if device.type == "cuda" and _triton_runs() else "wavefront"
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    """Whether Triton imports and finds the C compiler with which it builds what launches a kernel."""
+    try:
+        import espnet_mega_plugin.rnnt.kernels  # noqa: F401
+    except ImportError:
+        return False
+    return bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc"))))
 
 
 def rnnt_loss(
@@ -45,7 +70,8 @@ def rnnt_loss(
         reduction: "none" gives the costs (B,), "sum" their sum (1,), "mean" the sum divided by B (1,).
             An empty batch gives (0,), 0 and 0.
         fastemit_lambda: weight of FastEmit in the gradient, from 0 up.
-        method: "wavefront" (fast), "reference" (loops, float64) or "auto", the fastest exact one for the device.
+        method: "wavefront" (plain PyTorch, any device), "triton" (kernels for CUDA devices), "reference" (loops,
+            float64) or "auto": "triton" on CUDA where Triton and a C compiler are found, else "wavefront".
         inplace: whether backward may write the gradient over ``acts``, which saves a tensor of their size. It does so
             where they are contiguous, no leaf and no part of a larger tensor, and not under activation checkpointing
             (`wavefront.may_overwrite`). A second backward, or another operation's that needs them, then raises.
@@ -61,22 +87,19 @@ def rnnt_loss(
         Logits of -inf are masks; labels that no alignment can spell cost +inf and give no gradient.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an argument is not as above, or "triton" is asked for elsewhere than on CUDA; the message
+            names it.
+        ImportError: "triton" is asked for and Triton is not installed.
     """
     arguments.options(reduction, fastemit_lambda, threshold)
     _known(method)
     given = arguments.problem(acts, labels, act_lens, label_lens, blank, check)
     if len(acts):
-        compute = METHODS["wavefront" if method == "auto" else method]
+        compute = METHODS[fastest(acts.device) if method == "auto" else method]
         costs = compute(*given[:5], fastemit_lambda, inplace=inplace, threshold=threshold)
     else:
         costs = acts.sum((1, 2, 3)).to(wavefront.accumulator(acts.dtype))
-    if given.invalid is not None:
-        costs = costs * torch.where(given.invalid, torch.nan, 1.0)
-    if reduction == "none":
-        return costs
-    total = costs.sum(0, keepdim=True)
-    return total / max(1, len(costs)) if reduction == "mean" else total
+    return arguments.reduced(costs, given.invalid, reduction)
 
 
 def _known(method: str) -> None:

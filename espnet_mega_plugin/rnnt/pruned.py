@@ -11,7 +11,8 @@ Sums over classes are float32 (float64 for float64 inputs), the lattice is float
 
 k2's letters: B utterances, T frames, S labels (U elsewhere), C classes (V elsewhere), R = s_range rows kept a frame;
 px are scores of labels, py scores of the blank, which k2 calls the termination symbol. ``boundary`` is (B, 4): for each
-utterance 0, 0, its labels, its frames; None stands for 0, 0, S, T. k2 lets paths begin elsewhere, we do not.
+utterance 0, 0, its labels, its frames; None stands for 0, 0, S, T. k2 lets paths begin elsewhere, we do not. It may
+lie on the CPU whatever the device of the others; then no function waits for a device.
 """
 
 import math
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espnet_mega_plugin.rnnt import arguments, other_names, topologies, wavefront
+from espnet_mega_plugin.rnnt import arguments, topologies, wavefront
 from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 
@@ -93,7 +94,8 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
 
     Consecutive, from row 0 in the first frame to the last row in the last frame, and as far from frame to frame as
     keeps paths whole: by less than R rows, by 1 at most unless regular. R is ``s_range``, more where an utterance has
-    so many labels a frame that no path would fit, and at most S + 1. On a GPU the host waits for the device.
+    so many labels a frame that no path would fit, and at most S + 1: a size, so the host has to know the lengths, and
+    waits for the device of ``boundary`` unless that is the CPU.
 
     Args:
         px_grad, py_grad: posteriors, from ``return_grad``.
@@ -108,10 +110,9 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
         )
     if isinstance(s_range, bool) or not isinstance(s_range, int) or s_range < 1:
         raise ValueError(f"s_range must be an int from 1 up; got {s_range!r}.")
-    boundary = _boundary(boundary, B, S, T, py_grad.device)
-    labels, frames = boundary[:, 2:3], boundary[:, 3:4]
-    fitting = int(((labels - 1).div(frames.clamp(min=1), rounding_mode="floor") + 2).max()) if B else 1
-    R = min(max(s_range, fitting), S1)
+    boundary = _boundary(boundary, B, S, T)
+    R = min(max(s_range, _fewest_rows(boundary)), S1)
+    labels, frames = arguments.moved(boundary, py_grad.device)[:, 2:].split(1, 1)
     # posterior of the R rows' blanks, less what enters their first row within the frame
     kept = py_grad.unfold(1, R, 1).sum(-1)  # (B, S+2-R, T)
     kept[:, 1:] -= px_grad[:, : S1 - R, :T]
@@ -228,16 +229,16 @@ class _LogProbs(torch.autograd.Function):
         kept = share != 0  # nothing else is read
         shift = ((share.abs().log() - lse) * LOG2E[dtype]).masked_fill_(~kept, -torch.inf).to(dtype)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        if wavefront._lengths_are_free(logits):
-            wavefront._exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits))
+        if wavefront.lengths_are_free(logits):
+            wavefront.exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits))
         else:
-            wavefront._exp_everywhere(grad, logits, shift, kept, torch.ones_like(share[:, :1, :1]))
+            wavefront.exp_everywhere(grad, logits, shift, kept, torch.ones_like(share[:, :1, :1]))
         if grad.device.type != "cpu" or (share < 0).any():
             grad.mul_(share.sign()[..., None].masked_fill(~kept[..., None], 0.0).to(grad.dtype))
 
         def entry(log_prob: Tensor, arc: Tensor) -> Tensor:
             exact = (log_prob.exp() * share + arc).masked_fill_(~kept, 0.0).to(dtype)
-            return wavefront._without_subnormals(exact).to(grad.dtype)
+            return wavefront.without_subnormals(exact).to(grad.dtype)
 
         # where there is no next label its place is the blank's, so the blank's entry is written last
         grad.scatter_(3, next_symbol[..., None], entry(at_label, by_label)[..., None])
@@ -264,6 +265,12 @@ def _loss(blank, label, given, rnnt_type, delay_penalty, reduction, return_grad)
     return loss, (px_grad.contiguous(), py_grad.contiguous())
 
 
+def _fewest_rows(boundary: Tensor) -> int:
+    """Rows a frame that leave every utterance a path."""
+    labels, frames = boundary[:, 2], boundary[:, 3]
+    return int(((labels - 1).div(frames.clamp(min=1), rounding_mode="floor") + 2).max()) if len(boundary) else 1
+
+
 def _without_jumps(first: Tensor, step: int) -> Tensor:
     """The nearest that neither falls nor rises by more than ``step`` from frame to frame, from 0. (B, T)"""
     slope = step * torch.arange(first.shape[1], device=first.device)
@@ -277,16 +284,17 @@ def _lowest_from_here_on(x: Tensor) -> Tensor:
 
 def _problem(shape, like: Tensor, symbols: Tensor, boundary: Tensor | None, blank: int) -> arguments.Problem:
     B, T, S1, _ = shape
-    boundary = _boundary(boundary, B, S1 - 1, T, like.device)
-    given = other_names.problem(NAMES, shape, like, symbols, boundary[:, 3], boundary[:, 2], blank, None)
+    boundary = _boundary(boundary, B, S1 - 1, T)
+    logits = arguments.unbuilt(shape, like)
+    given = arguments.problem(logits, symbols, boundary[:, 3], boundary[:, 2], blank, None, NAMES)
     if given.invalid is None:
         return given
-    return given._replace(invalid=given.invalid | (boundary[:, :2] != 0).any(1).to(like.device))
+    return given._replace(invalid=given.invalid | (arguments.moved(boundary[:, :2], like.device) != 0).any(1))
 
 
-def _boundary(boundary: Tensor | None, B: int, S: int, T: int, device: torch.device) -> Tensor:
+def _boundary(boundary: Tensor | None, B: int, S: int, T: int) -> Tensor:
     if boundary is None:
-        return torch.tensor([0, 0, S, T], device=device).expand(B, 4)
+        return torch.tensor([0, 0, S, T]).expand(B, 4)
     if not isinstance(boundary, Tensor) or boundary.shape != (B, 4):
         raise ValueError(f"boundary must be (B, 4) = {(B, 4)}: 0, 0, labels, frames; got {_shape(boundary)}.")
     if boundary.device.type == "cpu" and (boundary[:, :2] != 0).any():

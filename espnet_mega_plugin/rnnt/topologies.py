@@ -71,13 +71,13 @@ def _shares(blank: Tensor, label: Tensor, frame_lengths: Tensor, label_lengths: 
     n, column = torch.arange(T, device=blank.device)[:, None, None], u
     frames, labels = frame_lengths[:, None], label_lengths[:, None]  # (B, 1)
     ahead, behind = (n, column), (frames - 1 - n, labels - column)
-    pick = lattice._pick
+    pick = lattice.pick
     blanks = [pick(blank, *ahead, (n < frames) & (column <= labels)), pick(blank, *behind, _ok(*behind))]
     moves = [
         pick(label, n, column - 1, (n < frames) & (column >= 1) & (column <= labels)),
         pick(label, *behind, _ok(*behind) & (column >= 1)),
     ]
-    scores = lattice._path_scores(torch.cat(blanks, 1), torch.cat(moves, 1))  # (T+1, 2B, U+1)
+    scores = lattice.path_scores(torch.cat(blanks, 1), torch.cat(moves, 1))  # (T+1, 2B, U+1)
 
     utterance = torch.arange(B, device=blank.device)
     total = scores[frame_lengths, utterance, label_lengths]

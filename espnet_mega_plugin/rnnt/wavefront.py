@@ -76,7 +76,7 @@ def may_overwrite(logits: Tensor) -> bool:
     )
 
 
-def _lengths_are_free(logits: Tensor) -> bool:
+def lengths_are_free(logits: Tensor) -> bool:
     """Whether the loops may go by lengths and posteriors; on other devices reading them would synchronise."""
     return logits.device.type == "cpu"
 
@@ -113,19 +113,19 @@ class _Costs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_costs):
-        logits, labels, offset, at_blank, at_label = _saved(ctx)
+        logits, labels, offset, at_blank, at_label = saved_tensors(ctx)
         logits = logits.detach()
         grad = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         dtype = accumulator(logits.dtype)
         scale = grad_costs.double()[:, None, None]
         kept = offset != torch.inf
         shift = ((scale.abs().log() - offset) * LOG2E[dtype]).masked_fill_(~kept, -torch.inf).to(dtype)
-        if _lengths_are_free(logits):
-            _exp_on_bands(grad, logits, shift, kept, grad_costs.tolist())
+        if lengths_are_free(logits):
+            exp_on_bands(grad, logits, shift, kept, grad_costs.tolist())
         else:
-            _exp_everywhere(grad, logits, shift, kept, scale.sign())
+            exp_everywhere(grad, logits, shift, kept, scale.sign())
         at_blank, at_label = (
-            _without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
+            without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
         )
         # Where the next label is padding its place is the blank's, so the blank's entry is written last.
         places = _places_of_labels(labels, grad)
@@ -134,7 +134,8 @@ class _Costs(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _saved(ctx) -> tuple[Tensor, ...]:
+def saved_tensors(ctx) -> tuple[Tensor, ...]:
+    """What forward saved; where the logits among it were overwritten since, an error that says by what."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
@@ -167,7 +168,7 @@ def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_len
     Args:
         near: a guess at the result, for precision and speed; often a large logit of the row. (B, T, U+1)
     """
-    if not _lengths_are_free(logits):
+    if not lengths_are_free(logits):
         lse = torch.empty_like(near, dtype=torch.float64)
         for tile in _tiles_everywhere(logits):
             lse[tile] = _shifted_logsumexp(logits[tile].to(near.dtype))
@@ -209,29 +210,29 @@ def _exp(out: Tensor, logits: Tensor, shift: Tensor) -> None:
     torch.add(shift[..., None], logits, alpha=LOG2E[out.dtype], out=out).exp2_()
 
 
-def _without_subnormals(entries: Tensor) -> Tensor:
+def without_subnormals(entries: Tensor) -> Tensor:
     return entries.masked_fill_(entries.abs() < torch.finfo(entries.dtype).tiny, 0.0)
 
 
-def _exp_on_bands(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, scale: list[float]) -> None:
+def exp_on_bands(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, scale: list[float]) -> None:
     """Fills the band of kept rows of each frame by `_exp`, the rest with zeros, where nothing is read."""
     for b, t, u in _tiles_of_bands(logits, kept):
         if u.start < u.stop:
-            _exp_without_subnormals(grad[b, t, u], logits[b, t, u], shift[b, t, u])
+            exp_without_subnormals(grad[b, t, u], logits[b, t, u], shift[b, t, u])
             if scale[b.start] < 0:
                 grad[b, t, u].neg_()
         grad[b, t, : u.start].zero_()
         grad[b, t, u.stop :].zero_()
 
 
-def _exp_everywhere(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, sign: Tensor) -> None:
+def exp_everywhere(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, sign: Tensor) -> None:
     """The same without asking the device which rows are kept."""
     for tile in _tiles_everywhere(logits):
-        _exp_without_subnormals(grad[tile], logits[tile], shift[tile])
+        exp_without_subnormals(grad[tile], logits[tile], shift[tile])
         grad[tile].mul_(sign[tile[0]][..., None]).masked_fill_(~kept[tile][..., None], 0.0)
 
 
-def _exp_without_subnormals(grad: Tensor, logits: Tensor, shift: Tensor) -> None:
+def exp_without_subnormals(grad: Tensor, logits: Tensor, shift: Tensor) -> None:
     """Subnormal numbers make the matrix products behind this gradient several times slower."""
     values = grad if grad.dtype == shift.dtype else torch.empty_like(grad, dtype=shift.dtype)
     _exp(values, logits, shift)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from rnnt_problems import inside, random_problem
 
-from espnet_mega_plugin.rnnt import kernels, reference, wavefront
+from espnet_mega_plugin.rnnt import kernels, reference, rnnt_loss, wavefront
 from espnet_mega_plugin.rnnt.kernels import triton_rnnt_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # log(0) is meant
@@ -47,6 +47,16 @@ def test_it_is_the_reference(shape, blank, fastemit_lambda, dtype):
     torch.testing.assert_close(costs.double(), wanted[0], atol=TOLERANCE[costs.dtype], rtol=1e-6)
     torch.testing.assert_close(gradient.double(), wanted[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert (gradient[~inside(problem)] == 0).all()
+
+
+def test_the_loss_takes_it_as_a_method():
+    problem = random_problem(3, 4, 2, 5, seed=12)
+    found = []
+    for method in ("triton", "reference"):
+        acts = problem.acts.clone().requires_grad_()
+        loss = rnnt_loss(acts * 1, *problem[1:], fastemit_lambda=0.1, method=method)
+        found.append((loss.detach(), torch.autograd.grad(loss, acts)[0]))
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-10)
 
 
 def test_several_parts_of_a_row(monkeypatch):

@@ -5,6 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from espnet_mega_plugin.rnnt import METHODS
+
+# The methods that CPU tensors can be given to; "triton" is held to its laws by kernel_laws.py and test_kernels.py.
+ON_CPU = sorted(set(METHODS) - {"triton"})
+
 
 class Problem(NamedTuple):
     """Arguments of `rnnt_loss`, in its order."""

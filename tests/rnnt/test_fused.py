@@ -97,8 +97,12 @@ def test_tiles_of_every_size_give_the_same(monkeypatch):
 def test_the_way_of_other_devices_gives_the_same(monkeypatch):
     """CPU tensors treated as those of a device that reading from would synchronise."""
     joint = random_joint(3, 9, 6, 7, 4, seed=25)
-    monkeypatch.setattr(wavefront, "_lengths_are_free", lambda logits: False)
-    torch.testing.assert_close(got(joint), wanted(joint), **EXACT)
+    monkeypatch.setattr(wavefront, "lengths_are_free", lambda logits: False)
+    joint.bias[1:] -= 800.0  # some posteriors are exactly 0
+    for threshold in (None, 0):
+        for count in (fused._count, lambda *_: None):
+            monkeypatch.setattr(fused, "_count", count)
+            torch.testing.assert_close(got(joint, threshold=threshold), wanted(joint), **EXACT)
 
 
 def test_gradcheck():

@@ -15,7 +15,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from espnet_mega_plugin.rnnt import kernels
+from espnet_mega_plugin.rnnt import kernels, loss, rnnt_loss
 
 HERE = Path(__file__).parent
 PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
@@ -35,7 +35,19 @@ def test_other_devices_are_refused():
     acts = torch.zeros(1, 2, 1, 3)
     lengths = torch.tensor([2]), torch.tensor([0])
     with pytest.raises(ValueError, match="method 'triton' needs logits on a CUDA device; got cpu"):
-        kernels.triton_rnnt_loss(acts, torch.zeros(1, 0, dtype=torch.int64), *lengths)
+        rnnt_loss(acts, torch.zeros(1, 0, dtype=torch.int64), *lengths, method="triton")
+
+
+def test_auto_is_triton_on_cuda_where_it_runs(monkeypatch):
+    monkeypatch.setenv("CC", "cc")
+    for broken, method in ((False, "triton"), (True, "wavefront")):
+        loss._triton_runs.cache_clear()
+        with monkeypatch.context() as patch:
+            if broken:
+                patch.setitem(sys.modules, "espnet_mega_plugin.rnnt.kernels", None)  # its import raises ImportError
+            assert loss.fastest(torch.device("cuda")) == method
+            assert loss.fastest(torch.device("cpu")) == "wavefront"
+    loss._triton_runs.cache_clear()
 
 
 def cases():

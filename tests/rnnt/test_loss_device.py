@@ -3,15 +3,32 @@
 import pytest
 import torch
 from rnnt_problems import inside, random_problem
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from espnet_mega_plugin.rnnt import arguments, rnnt_loss, wavefront
+from espnet_mega_plugin.rnnt import (
+    arguments,
+    do_rnnt_pruning,
+    fused,
+    fused_rnnt_loss,
+    get_rnnt_prune_ranges,
+    pruned,
+    rnnt_loss,
+    rnnt_loss_pruned,
+    rnnt_loss_smoothed,
+    wavefront,
+)
+from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 
 
 @pytest.fixture
 def other_device(monkeypatch):
     """CPU tensors treated as those of a device that reading from would synchronise, in tiles of a few rows."""
-    monkeypatch.setattr(wavefront, "_lengths_are_free", lambda logits: False)
+    monkeypatch.setattr(wavefront, "lengths_are_free", lambda logits: False)
     monkeypatch.setattr(arguments, "_values_are_free", lambda *tensors: False)
     monkeypatch.setattr(wavefront, "DEVICE_TILE_BYTES", 4096)
 
@@ -67,19 +84,83 @@ def test_unchecked_labels_give_nan_to_their_utterance(other_device, value):
     assert gradient[0].isnan().any() and gradient[1:].isfinite().all()
 
 
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies between devices that make the host wait; torch's fake tensors refuse to tell values and sizes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and found.device != args[0].device:
+            assert kwargs.get("non_blocking"), f"a copy to {found.device} that waits"
+        if function is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            assert (args[2:] or [(kwargs or {}).get("non_blocking")])[0], "a copy in place that waits"
+        return found
+
+
+def fake_joint():
+    """Arguments of `fused_rnnt_loss`, lengths last."""
+    joint = [torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((3, 7, 4), (3, 5, 4), (11, 4), (11,))]
+    labels = torch.ones(3, 4, dtype=torch.int32, device="cuda")
+    return *joint, labels, *(torch.full((3,), n, device="cuda") for n in (7, 4))
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, torch.nn.SiLU()], ids=["tanh", "silu"])
+def test_fused_loss_without_synchronisation(monkeypatch, activation):
+    """With lengths from the CPU and threshold 0; otherwise it waits for numbers of cells, and only for these."""
+    with FakeTensorMode(), NoWaiting():
+        joint = fake_joint()
+        with pytest.raises(DynamicOutputShapeException, match="nonzero"):
+            fused_rnnt_loss(*joint, activation, threshold=0)
+        monkeypatch.setattr(fused, "_count", lambda *_: 3 * 7 * 5)
+        with pytest.raises(DynamicOutputShapeException, match="nonzero"):
+            fused_rnnt_loss(*joint, activation)
+        with torch.no_grad():
+            fused_rnnt_loss(*joint, activation)
+        costs = fused_rnnt_loss(*joint, activation, reduction="none", threshold=0)
+        assert costs.device.type == "cuda" and costs.shape == (3,)
+        if activation is torch.tanh:  # the engine would want a real device for its streams, also for an activation
+            inner = costs.grad_fn.next_functions[0][0]
+            gradients = fused._Costs.backward(inner, torch.ones_like(costs))
+            assert [x.shape for x in gradients[:4]] == [x.shape for x in joint[:4]]
+
+
+def test_lengths_on_the_cpu_tell_the_number_of_cells(other_device):
+    frames, labels = torch.tensor([7, 2, 9]), torch.tensor([4, 0, 1], dtype=torch.int32)
+    logits = arguments.unbuilt((3, 7, 5, 11), torch.zeros(1))
+    assert fused._count(frames, labels, logits) == 7 * 5 + 2 + 7 * 2  # 9 frames are refused, or cut where unchecked
+    assert fused._count(frames.to("meta"), labels, logits) is None
+
+
+@pytest.mark.parametrize("rnnt_type", TOPOLOGIES)
+def test_pruned_loss_without_synchronisation(monkeypatch, rnnt_type):
+    """With a boundary on the CPU; otherwise only the number of rows is waited for."""
+    with FakeTensorMode(), NoWaiting():
+        lm, am = (torch.randn(3, n, 11, device="cuda", requires_grad=True) for n in (5, 7))
+        symbols = torch.ones(3, 4, dtype=torch.int64, device="cuda")
+        boundary = torch.zeros(3, 4, dtype=torch.int64, device="cuda")
+        _, grads = rnnt_loss_smoothed(lm, am, symbols, 0, 0.1, 0.1, boundary, rnnt_type, return_grad=True)
+        with pytest.raises(DataDependentOutputException):
+            get_rnnt_prune_ranges(*grads, boundary, 3)
+        monkeypatch.setattr(pruned, "_fewest_rows", lambda boundary: 2)
+        for lengths in (boundary, None):  # None is a boundary on the CPU
+            ranges = get_rnnt_prune_ranges(*grads, lengths, 3)
+            logits = sum(do_rnnt_pruning(am, lm, ranges))
+            loss = rnnt_loss_pruned(logits, symbols, ranges, 0, lengths, rnnt_type, reduction="none")
+            assert loss.device.type == "cuda" and ranges.shape == (3, 7, 3)
+
+
 def test_no_synchronisation():
     """torch's fake CUDA tensors have no values: whatever would wait for one raises."""
-    with FakeTensorMode():
+    with FakeTensorMode(), NoWaiting():
         acts = torch.randn(3, 7, 5, 11, device="cuda", requires_grad=True) * 1
         labels = torch.ones(3, 4, dtype=torch.int32, device="cuda")
         act_lens, label_lens = (torch.full((3,), n, device="cuda") for n in (7, 4))
-        costs = rnnt_loss(acts, labels, act_lens, label_lens, reduction="none")
+        costs = rnnt_loss(acts, labels, act_lens, label_lens, reduction="none", method="wavefront")
         assert costs.device.type == "cuda" and costs.shape == (3,)
         # the engine would want a real device for its streams
         inner = costs.grad_fn.next_functions[0][0]
         gradient = wavefront._Costs.backward(inner, torch.ones_like(costs))[0]
         assert gradient.device.type == "cuda" and gradient.shape == acts.shape
-        with pytest.raises(DataDependentOutputException):
+        with pytest.raises(AssertionError, match="a copy to cpu that waits"):
             rnnt_loss(acts, labels, act_lens, label_lens, check=True)
 
 

@@ -67,7 +67,11 @@ GOOD = dict(
         (dict(fastemit_lambda="0"), TypeError, r"fastemit_lambda must be.*got str"),
         (dict(threshold=-1e-9), ValueError, r"threshold must be None or a number from 0 to below 1; got -1e-09"),
         (dict(threshold=1.0), ValueError, r"threshold must be.*got 1.0"),
-        (dict(method="numba"), ValueError, r"method must be 'auto' or one of 'reference', 'wavefront'; got 'numba'"),
+        (
+            dict(method="numba"),
+            ValueError,
+            r"method must be 'auto' or one of 'reference', 'triton', 'wavefront'; got 'numba'",
+        ),
     ],
 )
 @pytest.mark.parametrize("method", sorted(METHODS))

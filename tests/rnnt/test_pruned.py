@@ -360,7 +360,7 @@ def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
     problem = random_problem(3, 7, 4, 6, seed=10, dtype=dtype)
     found = []
     for free in (True, False):
-        monkeypatch.setattr(pruned.wavefront, "_lengths_are_free", lambda logits, free=free: free)
+        monkeypatch.setattr(pruned.wavefront, "lengths_are_free", lambda logits, free=free: free)
         logits = problem.acts.clone().requires_grad_()
         options = dict(boundary=boundary_of(problem), reduction="none")
         costs = rnnt_loss_pruned(logits, problem.labels, all_rows(problem), 0, **options)
