@@ -217,7 +217,7 @@ def _announce(decoder: str = "") -> None:
     from espnet_mega_plugin import __version__
 
     versions = f"ESPnet {version_of('espnet')}, torch {version_of('torch')}"
-    _log.info("espnet_mega_plugin %s: %stransducer loss is %s; %s", __version__, decoder, loss_in_use(), versions)
+    _log.info("espnet_mega_plugin %s: %s%s is %s; %s", __version__, decoder, WARPRNNT, loss_in_use(), versions)
 
 
 # --- import hooks ----------------------------------------------------------------------------------------------------

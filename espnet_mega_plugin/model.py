@@ -1,18 +1,34 @@
-"""ESPnet's transducer model with the pruned loss that needs no k2.
+"""ESPnet's transducer model with a choice of losses: `model_conf: {transducer_loss: auto}`.
 
-`model_conf: {use_k2_pruned_loss: true, k2_pruned_loss_args: {...}}` keeps ESPnet's keys and meaning; the four functions
-behind it are `rnnt/pruned.py`. `loss_type: modified` allows one label a frame, so that labels cannot come in bursts
-which a search with a cap on labels a frame would cut.
+    fused     joint network and loss in one: the logits (B, T, U+1, V) are never built (`rnnt/fused.py`)
+    standard  as ESPnet does it: the joint network's logits, and the loss that `import warprnnt_pytorch` gives
+    pruned    a simple loss and R rows of logits a frame (`rnnt/pruned.py`), k2 is not needed; ESPnet's other keys for
+              it are `use_k2_pruned_loss: true` and `k2_pruned_loss_args: {...}`
+    k2        the same by ESPnet's own code and an installed k2
+    auto      the default: pruned where `use_k2_pruned_loss: true`, else fused, else (where the joint network is not
+              ESPnet's, or something listens to it) standard
+
+fused and standard are the same number with the same gradients. Weights go from any choice to any other: `am_proj` and
+`lm_proj`, which only pruned and k2 have, are left out or begin anew. The decoding searches never meet any of this.
+
+ESPnet's forward is not copied: for the fused loss the joint network answers the one call that forward makes with what
+its logits are made of, and the method that computes the loss recognises that.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+from typing import NamedTuple
 
 import torch
 from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerModel
+from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor
 
+from espnet_mega_plugin.rnnt.fused import fused_rnnt_loss
+from espnet_mega_plugin.rnnt.loss import RNNTLoss, fastest
 from espnet_mega_plugin.rnnt.pruned import (
     do_rnnt_pruning,
     get_rnnt_prune_ranges,
@@ -20,11 +36,143 @@ from espnet_mega_plugin.rnnt.pruned import (
     rnnt_loss_smoothed,
 )
 
+LOSSES = ("auto", "fused", "standard", "pruned", "k2")
+SIMPLE = ("am_proj", "lm_proj")  # the layers of the pruned loss's simple loss
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_log = logging.getLogger("espnet_mega_plugin")
+
+
+class Projected(NamedTuple):
+    """What the joint network's logits are made of; goes to the loss in their place."""
+
+    enc: Tensor  # (B, T, J)
+    dec: Tensor  # (B, U+1, J)
+
+
+class DeferringJointNetwork(JointNetwork):
+    """ESPnet's joint network; while ``deferring``, its next call gives `Projected` instead of logits."""
+
+    deferring = False
+
+    def forward(self, enc_out: Tensor, dec_out: Tensor, no_projection: bool = False) -> Tensor | Projected:
+        if not self.deferring:
+            return super().forward(enc_out, dec_out, no_projection)
+        self.deferring = False  # the search for CER and WER, later in the same forward, gets logits
+        return Projected(self.lin_enc(enc_out).squeeze(2), self.lin_dec(dec_out).squeeze(1))
+
 
 class MegaTransducerModel(ESPnetASRTransducerModel):
-    """ESPnet's model; only the pruned loss is computed by the plugin's functions instead of k2's."""
+    """ESPnet's model with its arguments and one more.
 
-    def _calc_k2_transducer_pruned_loss(
+    Args:
+        transducer_loss: one of `LOSSES`, see above.
+
+    Raises:
+        ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
+            network that is not ESPnet's.
+    """
+
+    def __init__(self, *args, transducer_loss: str = "auto", **kwargs) -> None:
+        given = inspect.signature(ESPnetASRTransducerModel).bind(*args, **kwargs).arguments
+        choice = _resolved(transducer_loss, given.get("use_k2_pruned_loss", False))
+        super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
+        self.transducer_loss = transducer_loss
+        self._choice = choice
+        self._said = None
+        if choice in ("auto", "fused") and type(self.joint_network) is JointNetwork:
+            self.joint_network.__class__ = DeferringJointNetwork  # the same parameters, hooks and names
+        reason = self._needs_logits()
+        if choice == "fused" and reason:
+            raise ValueError(f"model_conf: transducer_loss: fused cannot be had: {reason}. Write 'standard' or 'auto'.")
+
+    def forward(self, *args, **kwargs):
+        """As ESPnet's: the loss, statistics, and the batch size."""
+        if self._choice not in ("auto", "fused") or self._needs_logits():
+            return super().forward(*args, **kwargs)
+        self.joint_network.deferring = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.joint_network.deferring = False
+
+    def _calc_transducer_loss(
+        self, encoder_out: Tensor, joint_out: Tensor | Projected, target: Tensor, t_len: Tensor, u_len: Tensor
+    ) -> Tensor:
+        """ESPnet's method: -log P of the batch's mean utterance. (1,)
+
+        Args:
+            encoder_out: (B, T, D_enc)
+            joint_out: logits (B, T, U+1, V), or what the joint network gave in their place.
+            target: (B, U) int32
+            t_len, u_len: frames and labels of each utterance. (B,)
+        """
+        if isinstance(joint_out, Projected):
+            self._say("fused", encoder_out.device, f"transducer_loss: {self.transducer_loss}; the logits are not built")
+            joint = self.joint_network
+            output = joint.lin_out.weight, joint.lin_out.bias
+            return fused_rnnt_loss(
+                *joint_out, *output, target, t_len, u_len, joint.joint_activation, fastemit_lambda=self.fastemit_lambda
+            )
+        why = f"transducer_loss: {self.transducer_loss}"
+        if self._choice != "standard":
+            why = f"{why}, but {self._needs_logits()}"
+        if self.criterion_transducer is None and _standard_loss_is_ours():
+            self.criterion_transducer = RNNTLoss(reduction="mean", fastemit_lambda=self.fastemit_lambda)
+        if isinstance(self.criterion_transducer, RNNTLoss):
+            self._say("standard", encoder_out.device, f"{why}; method {fastest(encoder_out.device)}")
+            with torch.autocast(encoder_out.device.type, enabled=False):  # any float type is read: no float32 copy
+                return self.criterion_transducer(joint_out, target, t_len, u_len)
+        self._say("standard", encoder_out.device, f"{why}; the installed warprnnt_pytorch")
+        return super()._calc_transducer_loss(encoder_out, joint_out, target, t_len, u_len)
+
+    def _needs_logits(self) -> str | None:
+        """Why the fused loss cannot take the joint network's place; None: it can."""
+        joint = self.joint_network
+        if type(joint) is not DeferringJointNetwork:
+            return f"the joint network is no JointNetwork of ESPnet's but {type(joint).__qualname__}"
+        if type(joint.lin_out) is not torch.nn.Linear:  # a LoRA layer, a quantised or parametrised one
+            return f"joint_network.lin_out is no Linear but {type(joint.lin_out).__qualname__}"
+        for name, module in joint.named_modules():
+            if name not in ("lin_enc", "lin_dec") and any(getattr(module, hooks) for hooks in HOOKS):
+                return f"hooks listen to {'.'.join(filter(None, ('joint_network', name)))}"
+        if torch.nn.modules.module._has_any_global_hook():
+            return "hooks listen to all modules"
+        return None
+
+    def _say(self, loss: str, device: torch.device, why: str) -> None:
+        """An INFO line, once for each choice that is made."""
+        if self._said != (loss, device):
+            self._said = loss, device
+            _log.info("The transducer loss is '%s' on %s (%s).", loss, device, why)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        simple = tuple(f"{prefix}{name}." for name in SIMPLE)
+        here = {f"{prefix}{name}": x.detach() for name, x in self.named_parameters() if name.startswith(SIMPLE)}
+        for name in [name for name in state_dict if name.startswith(simple) and name not in here]:
+            del state_dict[name]  # of torch's copy of the caller's
+        missing = {name: x for name, x in here.items() if name not in state_dict}
+        if missing and any(name.startswith(f"{prefix}joint_network.") for name in state_dict):
+            _log.warning("The checkpoint was made with another transducer_loss: %s begin anew.", ", ".join(missing))
+            state_dict.update(missing)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _calc_k2_transducer_pruned_loss(self, encoder_out: Tensor, *args, **kwargs) -> Tensor:
+        """ESPnet's method, by the plugin's functions unless k2 was asked for."""
+        way = "use_k2_pruned_loss: true" if self.transducer_loss == "auto" else f"transducer_loss: {self._choice}"
+        self._say(self._choice, encoder_out.device, way)
+        if self._choice == "pruned":
+            return self._pruned_loss(encoder_out, *args, **kwargs)
+        try:
+            importlib.import_module("k2")
+        except Exception as error:  # a k2 built for another torch raises OSError
+            raise ImportError(
+                f"model_conf: transducer_loss: k2 needs k2, which cannot be imported ({error!r}). Install one for "
+                f"torch {torch.__version__}, or write transducer_loss: pruned, the same loss without k2."
+            ) from error
+        return super()._calc_k2_transducer_pruned_loss(encoder_out, *args, **kwargs)
+
+    def _pruned_loss(
         self,
         encoder_out: Tensor,
         decoder_out: Tensor,
@@ -61,8 +209,9 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             logging.info("The pruned loss has no FastEmit: fastemit_lambda is not used.")
         self.steps_num += 1
         warm = min(1.0, self.steps_num / self.warmup_steps) if self.warmup_steps > 0 else 1.0
-        boundary = torch.zeros(len(labels), 4, dtype=torch.int64, device=encoder_out.device)
-        boundary[:, 2], boundary[:, 3] = decoder_out_len, encoder_out_len
+        zeros = torch.zeros_like(decoder_out_len)
+        # On the CPU the number of rows, a size, is told without waiting for the simple loss.
+        boundary = torch.stack([zeros, zeros, decoder_out_len, encoder_out_len], 1).long().cpu()
         symbols = labels.masked_fill(labels == self.ignore_id, padding_idx)
 
         simple, posteriors = rnnt_loss_smoothed(
@@ -86,3 +235,37 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             joint.float(), symbols, ranges, padding_idx, boundary, rnnt_type=loss_type, reduction=reduction
         )
         return (1 - warm * (1 - simple_loss_scaling)) * simple + (0.1 + 0.9 * warm) * pruned
+
+
+def _resolved(transducer_loss: str, use_k2_pruned_loss: bool) -> str:
+    """The choice that both keys make together; "auto" where they leave it to the model."""
+    if transducer_loss not in LOSSES:
+        raise ValueError(
+            f"model_conf: transducer_loss must be one of {', '.join(map(repr, LOSSES))}; got {transducer_loss!r}."
+        )
+    if not use_k2_pruned_loss:
+        return transducer_loss
+    if transducer_loss in ("fused", "standard"):
+        raise ValueError(
+            f"model_conf: transducer_loss: {transducer_loss} and use_k2_pruned_loss: true contradict one another: the "
+            "latter is transducer_loss: pruned. Leave one of them out."
+        )
+    return "pruned" if transducer_loss == "auto" else transducer_loss
+
+
+def _standard_loss_is_ours() -> bool:
+    """Whether `import warprnnt_pytorch` gives the plugin's loss; where it gives none, ESPnet says so."""
+    try:
+        return importlib.import_module("warprnnt_pytorch").RNNTLoss is RNNTLoss
+    except ImportError:
+        return False
+
+
+def _signature() -> inspect.Signature:
+    """ESPnet's arguments and ours: ESPnet's parser reads names and defaults of `model_conf` from it."""
+    theirs = inspect.signature(ESPnetASRTransducerModel.__init__)
+    ours = inspect.signature(MegaTransducerModel.__init__).parameters["transducer_loss"]
+    return theirs.replace(parameters=[*theirs.parameters.values(), ours])
+
+
+MegaTransducerModel.__init__.__signature__ = _signature()
