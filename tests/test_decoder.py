@@ -30,7 +30,7 @@ VARIANTS = [
         ("simple", 4, 3, {}),
         ("rotary", 3, None, {}),
         ("rotary", 1, None, {}),
-        ("simple", -1, None, {"attention_window": 3, "max_positions": 3}),
+        ("simple", -1, None, {"attention_window": 3}),
         ("rotary", -1, 2, {"attention_window": 4, "pre_norm": True}),
         ("simple", 5, None, {"pre_norm": True}),
     ]

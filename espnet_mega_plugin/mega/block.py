@@ -19,6 +19,7 @@ bits and, with the same seed, its dropout); `extend` goes on from a memory and g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -97,20 +98,25 @@ class MegaBlock(nn.Module):
         mixed = torch.addcmul(x, update, candidate - x)
         return mixed if self.pre_norm else self.normalization(mixed)
 
-    def gates(self, averaged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """u, query, key, r, h from the EMA's output; queries and keys are made from one projection."""
-        update, z_r, intermediate = self.proj_mx(averaged).split(self.split_sizes, dim=-1)
+    def gates(
+        self, averaged: Tensor, linear: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """u, query, key, r, h from the EMA's output; queries and keys are made from one projection.
+
+        `linear` runs a layer on its input.
+        """
+        update, z_r, intermediate = linear(self.proj_mx, averaged).split(self.split_sizes, dim=-1)
         z, r = self.activation(z_r).split([self.qk_size, self.v_size], dim=-1)
         query, key = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)
         return torch.sigmoid(update), query, key, r, intermediate
 
-    def forward(self, x: Tensor, padding: Tensor, hidden: Tensor, window: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, padding: Tensor, hidden: Tensor, bands: bool = False) -> Tensor:
         """
         Args:
             x: block input. (L, B, D)
             padding: true where the label is padding. (B, L)
-            hidden: true where a query must not see a key. (B, chunks, C, C), with a window (B, chunks, C, window-1 + C)
-            window: the keys of a chunk are those of its own labels and the window - 1 before them; None: its own only.
+            hidden: true where a query must not see a key. (B, chunks, C, C), in bands (B, chunks, C, C-1 + C)
+            bands: the keys of a chunk are those of its C labels and of the C - 1 before it, not of its labels alone.
 
         Returns:
             out: block output. (L, B, D)
@@ -123,14 +129,13 @@ class MegaBlock(nn.Module):
 
         chunks, C = hidden.shape[1], hidden.shape[2]
         query, key, value = (z.transpose(0, 1) for z in (query, key, value))
-        if window is None:
-            query, key = (z.reshape(B, chunks, C, self.qk_size) for z in (query, key))
-            value = self.dropout(value.reshape(B, chunks, C, self.v_size))
-            bias = self.rel_pos_bias.matrix(C)
-        else:
-            query = nn.functional.pad(query, (0, 0, 0, chunks * C - L)).view(B, chunks, C, self.qk_size)
-            key, value = (_with_labels_before(z, window, chunks, C) for z in (key, self.dropout(value)))
-            bias = band(self.rel_pos_bias, window, C)
+        if bands:
+            query, key, value = (nn.functional.pad(z, (0, 0, 0, chunks * C - L)) for z in (query, key, value))
+        query, key = (z.reshape(B, chunks, C, self.qk_size) for z in (query, key))
+        value = self.dropout(value.reshape(B, chunks, C, self.v_size))
+        if bands:
+            key, value = with_labels_before(key), with_labels_before(value)
+        bias = band(self.rel_pos_bias, C) if bands else self.rel_pos_bias.matrix(C)
         scores = torch.matmul(query * self.scaling, key.transpose(2, 3)) + bias
         weights = softmax(scores.masked_fill(hidden, float("-inf")))
         attended = torch.matmul(self.dropout_attn(weights), value).view(B, chunks * C, self.v_size)[:, :L]
@@ -168,13 +173,10 @@ class MegaBlock(nn.Module):
         return out, BlockMemory(ema, keys[:, first:], values[:, first:], inputs)
 
 
-def _with_labels_before(z: Tensor, window: int, chunks: int, C: int) -> Tensor:
-    """Keys or values of each chunk and of the window - 1 labels before it. (B, L, n) -> (B, chunks, window-1 + C, n)
-
-    Zeros stand where there is no label, before the first and after the last.
-    """
-    filled = nn.functional.pad(z, (0, 0, window - 1, chunks * C - z.shape[1]))
-    return filled.unfold(1, window - 1 + C, C).transpose(2, 3)
+def with_labels_before(z: Tensor) -> Tensor:
+    """Each chunk behind the C - 1 labels before it, zeros before the first. (B, chunks, C, n) -> (.., C-1 + C, n)"""
+    before = nn.functional.pad(z[:, :-1, 1:], (0, 0, 0, 0, 1, 0))
+    return torch.cat([before, z], 2)
 
 
 def softmax(scores: Tensor) -> Tensor:

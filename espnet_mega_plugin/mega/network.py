@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from espnet_mega_plugin.mega.activation import build_activation
 from espnet_mega_plugin.mega.arguments import check_arguments
-from espnet_mega_plugin.mega.block import MegaBlock, Reach
+from espnet_mega_plugin.mega.block import MegaBlock, Reach, with_labels_before
 from espnet_mega_plugin.mega.feed_forward import NormalizedPositionwiseFeedForward
 from espnet_mega_plugin.mega.normalization import build_normalization
 from espnet_mega_plugin.mega.position_bias import build_position_bias
@@ -132,12 +132,15 @@ class MegaNetwork(nn.Module):
             labels = nn.functional.pad(labels, (0, C - L % C), value=self.pad_idx)
         padding = labels == self.pad_idx
         padding[:, 0] = False
-        window = self._window(L)
-        hidden = _hidden_in_chunks(padding.view(B, -1, C)) if window is None else _hidden_in_window(padding, window)
+        bands = self.attention_window is not None and self._goes_in_bands(L)
+        if bands:
+            hidden = _hidden_in_bands(padding, self.attention_window)
+        else:
+            hidden = _hidden_in_chunks(padding.view(B, -1, C), self.attention_window)
 
         x = self.dropout_embed(self.embed(labels)).transpose(0, 1)
         for block, feed_forward in self.mega_blocks:
-            x = feed_forward(block(x, padding, hidden, window))
+            x = feed_forward(block(x, padding, hidden, bands))
         return self.final_norm(x).transpose(0, 1)[:, :L]
 
     def empty_memory(self, batch_size: int) -> MegaMemory:
@@ -195,13 +198,17 @@ class MegaNetwork(nn.Module):
             return min(position, self.attention_window - 1)
         return position % self.chunk_size if self.chunk_size > 0 else position
 
-    def _window(self, L: int) -> int | None:
-        """The attention window where it cuts anything off a sequence of L labels."""
+    def _goes_in_bands(self, L: int) -> bool:
+        """Whether attention computes a band around the diagonal instead of masking all L x L pairs.
+
+        It does where the table of positions does not reach L, and where the band is less work.
+        """
         window, table = self.attention_window, self.mega_blocks[0][0].rel_pos_bias.max_positions
-        if window is None or window >= L:
-            return None
-        # a window that the table of positions does not cover is no help: the bias refuses L as without it
-        return None if table is not None and window > table else window
+        if table is not None and L > table:
+            return window <= table  # else the bias refuses L
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            return False  # one graph for all lengths, and how many chunks there are depends on the length
+        return L > 2 * window
 
     def _reach(self, positions: list[int], padding: Tensor, L: int) -> Reach:
         W = padding.shape[1] - L
@@ -264,28 +271,30 @@ class MegaNetwork(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _hidden_in_chunks(padding: Tensor) -> Tensor:
+def _hidden_in_chunks(padding: Tensor, window: int | None) -> Tensor:
     """Which keys each query must not see, inside each chunk. padding (B, chunks, C) -> (B, chunks, C, C)"""
     C = padding.shape[-1]
-    future = torch.ones(C, C, dtype=torch.bool, device=padding.device).triu(1)
-    return _hide_padding(future, padding[:, :, None])
-
-
-def _hidden_in_window(padding: Tensor, window: int) -> Tensor:
-    """Which keys each query must not see; chunk by chunk, so that nothing grows with the square of the length.
-
-    A chunk's keys are those of its C queries and of the window - 1 labels before. C is a little less than the window,
-    so that the chunks fill up evenly. (B, L) -> (B, chunks, C, window-1 + C)
-    """
-    L = padding.shape[1]
-    chunks = -(-L // window)
-    C = -(-L // chunks)
-    key = torch.arange(1 - window, C, device=padding.device)  # place, counted from the chunk's first query
-    distance = key[window - 1 :, None] - key
-    before_first = C * torch.arange(chunks, device=padding.device)[:, None] + key < 0  # (chunks, window-1 + C)
-    out_of_reach = (distance < 0) | (distance >= window) | before_first[:, None]
-    padding = nn.functional.pad(padding, (window - 1, chunks * C - L), value=True).unfold(1, window - 1 + C, C)
+    everything = torch.ones(C, C, dtype=torch.bool, device=padding.device)
+    out_of_reach = everything.triu(1)
+    if window is not None:
+        out_of_reach = out_of_reach | everything.tril(-window)
     return _hide_padding(out_of_reach, padding[:, :, None])
+
+
+def _hidden_in_bands(padding: Tensor, window: int) -> Tensor:
+    """The same for a window, chunk by chunk, so that nothing grows with the square of the length.
+
+    A chunk is `window` queries; its keys are theirs and those of the window - 1 labels before. The last one is filled
+    up. (B, L) -> (B, chunks, C, C-1 + C)
+    """
+    L, C = padding.shape[1], window
+    chunks = L // C + 1  # filled up by one label at least: torch.compile takes filling up by none for a copy in order
+    key = torch.arange(1 - window, C, device=padding.device)  # place, counted from a chunk's first query
+    distance = key[window - 1 :, None] - key
+    before_first = C * torch.arange(chunks, device=padding.device)[:, None] + key < 0  # (chunks, C-1 + C)
+    out_of_reach = (distance < 0) | (distance >= window) | before_first[:, None]
+    padding = nn.functional.pad(padding, (0, chunks * C - L), value=True).view(-1, chunks, C, 1)
+    return _hide_padding(out_of_reach, with_labels_before(padding).transpose(2, 3))
 
 
 def _hide_padding(out_of_reach: Tensor, padding: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.mega.precision import at_least_float32
+
 
 class BasicNorm(nn.Module):
     """x / sqrt(mean(x^2) + exp(eps)); eps is learnt (icefall's BasicNorm)."""
@@ -43,7 +45,9 @@ class ScaleNorm(nn.Module):
         self.scale = nn.Parameter(torch.tensor(size**0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.scale / torch.norm(x, dim=-1, keepdim=True).clamp(min=self.eps))
+        # float32 for the half types: scale / eps is beyond float16, and infinity times a row of zeros is NaN
+        wide = x.to(at_least_float32(x.dtype))
+        return (wide * (self.scale / torch.norm(wide, dim=-1, keepdim=True).clamp(min=self.eps))).to(x.dtype)
 
 
 # eps where `normalization_args` gives none: ESPnet's values

@@ -3,7 +3,7 @@
 Both kinds offer the same two methods:
     matrix(L)         bias for all pairs of L labels, in ESPnet's order of operations    (L, L)
     by_distance(n)    bias for the distances 0 .. n-1                                    (n,)
-so that matrix(L)[i, j] == by_distance(L)[i - j] for j <= i. `band` lays out either for a window of labels.
+so that matrix(L)[i, j] == by_distance(L)[i - j] for j <= i. `band` lays out either for queries that see a window.
 """
 
 from __future__ import annotations
@@ -92,15 +92,14 @@ class RotaryRelativePositionBias(nn.Module):
             return bias.to(self.alpha.dtype)
 
 
-def band(bias: nn.Module, window: int, count: int) -> Tensor:
-    """Bias of `count` queries to the keys of their own places and of the window - 1 before; 0 outside the window.
+def band(bias: nn.Module, window: int) -> Tensor:
+    """Bias of `window` queries to the keys of their own places and of the window - 1 before; 0 outside the window.
 
     Returns:
-        band[i, j] = by_distance(window)[i + window - 1 - j]. (count, window-1 + count)
+        band[i, j] = by_distance(window)[i + window - 1 - j]. (window, window-1 + window)
     """
-    outside = (count - 1, count - 1)
-    nearer = nn.functional.pad(bias.by_distance(window).flip(0), outside)
-    return nearer.unfold(0, window - 1 + count, 1).flip(0)  # each row stands one place further right than the one above
+    near = nn.functional.pad(bias.by_distance(window).flip(0), (window - 1, window - 1))
+    return near.unfold(0, 2 * window - 1, 1).flip(0)  # each row stands one place further right than the one above
 
 
 def build_position_bias(rel_pos_bias_type: str, qk_size: int, max_positions: int) -> nn.Module:

@@ -37,9 +37,23 @@ CHOICES = {
     "ema_dropout_rate": (0.0, 0.3),
     "ffn_dropout_rate": (0.0, 0.3),
     "embed_pad": (0, 1),
+    "attention_window": (None, 1, 2, 3, 5, 40),
+    "pre_norm": (False, True),
 }
+OURS_ALONE = ("attention_window", "pre_norm")  # ESPnet's class does not have them
 
-configurations = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in CHOICES.items()})
+
+def _any_of(*names: str) -> dict:
+    return {name: st.sampled_from(CHOICES[name]) for name in names}
+
+
+_reach = st.one_of(  # chunks and a window exclude each other
+    st.fixed_dictionaries({**_any_of("chunk_size"), "attention_window": st.none()}),
+    st.fixed_dictionaries({**_any_of("attention_window"), "chunk_size": st.just(-1)}),
+)
+_rest = st.fixed_dictionaries(_any_of(*(CHOICES.keys() - {"chunk_size", "attention_window"})))
+configurations = st.builds(lambda rest, reach: {**rest, **reach}, _rest, _reach)
+espnet_configurations = configurations.map(lambda all_: {k: v for k, v in all_.items() if k not in OURS_ALONE})
 seeds = st.integers(0, 2**31 - 1)
 
 

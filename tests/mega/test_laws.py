@@ -8,6 +8,7 @@ import torch
 from configurations import CHOICES, LONGEST, build, configurations, perturbed, random_labels, seeds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet_mega_plugin.mega import MegaNetwork
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory, stack_right
@@ -94,7 +95,8 @@ def test_a_batch_of_any_histories_is_each_alone(configuration, seed, lengths, L)
     for row, (history, memory) in enumerate(zip(histories, memories, strict=True)):
         alone, _ = network.extend(more[row : row + 1], memory)
         torch.testing.assert_close(out[row : row + 1], alone, **EXACT)
-        if history.shape[1] + L <= configuration["max_positions"]:
+        window = configuration["attention_window"] or LONGEST
+        if history.shape[1] + L <= configuration["max_positions"] or window < LONGEST:
             whole = network(torch.cat([history, more[row : row + 1]], 1))
             torch.testing.assert_close(out[row], whole[0, -L:], **EXACT)
 
@@ -171,9 +173,10 @@ def test_every_option_value_was_tried():
 
 
 @pytest.mark.parametrize("rel_pos_bias_type", ["simple", "rotary"])
-@pytest.mark.parametrize("chunk_size", [-1, 1, 4])
+@pytest.mark.parametrize("reach", [{"chunk_size": n} for n in (-1, 1, 4)] + [{"attention_window": n} for n in (1, 7)])
 @pytest.mark.parametrize("truncation_length", [None, 6])
-def test_step_is_forward_in_float32_at_real_sizes(rel_pos_bias_type, chunk_size, truncation_length, seed):
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_step_is_forward_in_float32_at_real_sizes(rel_pos_bias_type, reach, truncation_length, pre_norm, seed):
     torch.manual_seed(seed)
     network = MegaNetwork(
         200,
@@ -182,10 +185,11 @@ def test_step_is_forward_in_float32_at_real_sizes(rel_pos_bias_type, chunk_size,
         qk_size=32,
         v_size=256,
         rel_pos_bias_type=rel_pos_bias_type,
-        chunk_size=chunk_size,
         truncation_length=truncation_length,
         max_positions=64,
         num_blocks=4,
+        pre_norm=pre_norm,
+        **reach,
     ).eval()
     labels = torch.randint(1, 200, (3, 61))
     labels[:, 0] = 0
@@ -220,6 +224,43 @@ def test_decoding_outlives_max_positions(num_blocks, seed):
     assert short(labels[:, :5]).shape == (2, 5, 8)
     out, _ = short.extend(labels, short.empty_memory(2))
     torch.testing.assert_close(out, long(labels), **EXACT)
+
+
+def test_a_window_outlives_max_positions_in_forward_too(seed):
+    """Its distances are all in the table; a window beyond the table is refused where it would leave the table."""
+    options = {"max_positions": 5, "num_blocks": 2}
+    network = perturbed(MegaNetwork(9, 8, 8, 4, 8, 2, attention_window=5, **options)).double().eval()
+    longer = MegaNetwork(9, 8, 8, 4, 8, 2, attention_window=6, **options).double().eval()
+    longer.load_state_dict(network.state_dict())
+    labels = torch.randint(1, 9, (2, 23))
+    out, memory = network.extend(labels, network.empty_memory(2))
+    torch.testing.assert_close(out, network(labels), **EXACT)
+    assert all(block.keys.shape[1] == block.values.shape[1] == 4 for block in memory.blocks)
+    torch.testing.assert_close(longer(labels[:, :5]), network(labels[:, :5]), **EXACT)
+    for L in (6, 7, 23):
+        with pytest.raises(ValueError, match=rf"Length {L} is too long .* 5 \(decoder_conf max_positions\)"):
+            longer(labels[:, :L])
+
+
+class LargestTensor(TorchDispatchMode):
+    """How many numbers the largest tensor of any operation holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return out
+
+
+def test_a_windows_forward_does_not_grow_with_the_square_of_the_length():
+    network = MegaNetwork(9, 4, 4, 2, 4, 1, "simple", 16, num_blocks=1, attention_window=11)
+    labels = torch.randint(1, 9, (1, 3000))
+    with LargestTensor() as largest:
+        network(labels).sum().backward()
+    assert 3000 * 11 <= largest.numbers < 3000 * 40
 
 
 @example(B=0, L=0)
