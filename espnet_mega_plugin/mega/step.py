@@ -18,6 +18,7 @@ from torch import Tensor
 
 from espnet_mega_plugin.mega.block import softmax
 from espnet_mega_plugin.mega.ema import Coefficients
+from espnet_mega_plugin.mega.few_rows import linear
 from espnet_mega_plugin.mega.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -80,18 +81,18 @@ def step(
     fresh = Fresh([], [], [])
     for b, (block, feed_forward) in enumerate(network.mega_blocks):
         x = _block(block, constants.ema[b], b, x, padding, past, fresh)
-        x = feed_forward.extend(x)
+        x = feed_forward.extend(x, linear)
     return network.final_norm(x), fresh
 
 
 def _block(block, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
     entered = block.enter(x)
-    value = block.activation(block.proj_v(entered))
+    value = block.activation(linear(block.proj_v, entered))
     averaged = _average(block.multihead_damped_ema, coefficients, b, entered, padding, past, fresh)
-    update, query, key, r, intermediate = block.gates(averaged)
+    update, query, key, r, intermediate = block.gates(averaged, linear)
     attended = _attend(query * block.scaling, key, value, past.shared[b], past.own[b], past.bias[b])
     fresh.keys_values.append(torch.cat([key, value.to(key.dtype)], 1))
-    return block.leave(x, update, block.activation(intermediate + block.proj_h(attended * r)))
+    return block.leave(x, update, block.activation(intermediate + linear(block.proj_h, attended * r)))
 
 
 def _average(ema, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
