@@ -121,7 +121,7 @@ def test_nbest_is_that_of_the_forward_only_decoder(decoder, search, with_lm, see
             assert_same_nbest(got, want)
             longest = max(longest, *(len(hyp.yseq) for hyp in got))
             frames = random_frames()
-    assert longest > 2  # the searches did emit labels
+    assert longest > 1  # the searches did emit labels
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
