@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.mega.convolution import causal_convolution, pulse_response, same_layout_for_gradient
 from espnet_mega_plugin.mega.precision import at_least_float32, without_autocast
 
 
@@ -77,11 +78,9 @@ class MultiHeadDampedEMA(nn.Module):
     def kernel(self, length: int) -> Tensor:
         """Response to a unit pulse, cut at the truncation length: sum over N of project * q**t * weight. (D, <=L)"""
         weight, decay, project = self.coefficients()
-        lag = torch.arange(min(length, self.truncation_length or length)).to(decay)
         # a decay that rounds to 0 would give 0 * log(0); the smallest normal number gives the same powers
         log_decay = decay.clamp(min=torch.finfo(decay.dtype).tiny).log()
-        powers = torch.exp(lag * log_decay[..., None])
-        return torch.einsum("dnl,dn->dl", weight[..., None] * powers, project)
+        return pulse_response(weight, log_decay, project, min(length, self.truncation_length or length))
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """All labels at once, as one convolution by FFT.
@@ -93,14 +92,10 @@ class MultiHeadDampedEMA(nn.Module):
         Returns:
             out: gated average, in the dtype of `x`. (L, B, D)
         """
-        L = x.shape[0]
-        exact = at_least_float32(x.dtype)
         with without_autocast(x.device):
-            seen = x.permute(1, 2, 0).masked_fill(padding[:, None], 0.0).to(exact)
-            # 2 * L: a shorter transform wraps around and lets the end of the sequence leak into its start
-            spectrum = torch.fft.rfft(seen, n=2 * L) * torch.fft.rfft(self.kernel(L).to(exact), n=2 * L)
-            y = torch.fft.irfft(spectrum, n=2 * L)[..., :L].to(x.dtype)
-        return self.activation(y.permute(2, 0, 1) + x * self.residual_weight)
+            kernel = self.kernel(x.shape[0]).to(at_least_float32(x.dtype))
+            averaged = causal_convolution(x, padding, kernel, self.residual_weight)
+        return same_layout_for_gradient(self.activation(averaged))
 
     def extend(self, x: Tensor, padding: Tensor, state: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Go on from a state: the definition, one label after another.

@@ -1,0 +1,281 @@
+"""The moving average in training: ESPnet's bits forward, automatic differentiation's numbers backward, for less."""
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+from espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema import MultiHeadDampedEMA as EspnetEMA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from espnet_mega_plugin.mega import MegaNetwork, convolution
+from espnet_mega_plugin.mega.ema import MultiHeadDampedEMA
+
+
+class ByAutograd(MultiHeadDampedEMA):
+    """The same forward in plain operations, which torch differentiates."""
+
+    def kernel(self, length):
+        weight, decay, project = self.coefficients()
+        lag = torch.arange(min(length, self.truncation_length or length)).to(decay)
+        return torch.einsum("dnl,dn->dl", weight[..., None] * torch.exp(lag * decay[..., None].log()), project)
+
+    def forward(self, x, padding):
+        L = x.shape[0]
+        exact = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            seen = x.permute(1, 2, 0).masked_fill(padding[:, None], 0.0).to(exact)
+            spectrum = torch.fft.rfft(seen, n=2 * L) * torch.fft.rfft(self.kernel(L).to(exact), n=2 * L)
+            y = torch.fft.irfft(spectrum, n=2 * L)[..., :L].to(x.dtype)
+        return self.activation(y.permute(2, 0, 1) + x * self.residual_weight)
+
+
+def build(D=5, N=3, K=None, dtype=torch.float32, cls=MultiHeadDampedEMA, activation=None) -> torch.nn.Module:
+    return cls(D, N, activation or torch.nn.SiLU(), K).to(dtype)
+
+
+def problem(L=11, B=3, D=5, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input, padding (anywhere but first) and the gradient of the output."""
+    x = torch.randn(L, B, D, dtype=dtype, requires_grad=True)
+    padding = torch.rand(B, L) < 0.3
+    padding[:, :1] = False
+    return x, padding, torch.randn(L, B, D).to(dtype)
+
+
+def gradients(ema, x, padding, grad) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(ema(x, padding), [x, *ema.parameters()], grad))
+
+
+def relative_error(got: list, want: list) -> float:
+    errors = [(a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30) for a, b in zip(got, want)]  # noqa: B905
+    return max(errors).item()
+
+
+# -- values: ESPnet's
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 3, 8, 33]), st.integers(1, 5)),
+    K=st.sampled_from([None, 1, 2, 7, 50]),
+    part=st.sampled_from([1, 4000, convolution.CACHED]),
+    time_first=st.booleans(),
+    s=st.integers(0, 2**31 - 1),
+)
+def test_forward_is_espnets_bits_in_espnets_layout(shape, K, part, time_first, s):
+    """However the batch is cut into parts; in memory as ESPnet's, which later operations' bits depend on."""
+    torch.manual_seed(s)
+    L, B, D, N = shape
+    ours, theirs = build(D, N, K), build(D, N, K, cls=EspnetEMA)
+    theirs.load_state_dict(ours.state_dict())
+    x, padding, _ = problem(L, B, D)
+    if not time_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "CACHED", part)
+        got = ours(x, padding)
+    want, _ = theirs(x, padding[:, None])
+    assert torch.equal(got, want) and got.dtype == want.dtype
+    sizes = [i for i in range(3) if got.shape[i] > 1]
+    assert [got.stride(i) for i in sizes] == [want.stride(i) for i in sizes]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("parameters", [torch.float32, None])
+def test_forward_is_that_of_plain_operations_in_any_dtype(dtype, autocast, parameters, seed):
+    ours = build(K=4, dtype=parameters or dtype)
+    plain = build(K=4, dtype=parameters or dtype, cls=ByAutograd)
+    plain.load_state_dict(ours.state_dict())
+    x, padding, _ = problem(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got, want = ours(x, padding), plain(x, padding)
+    assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+# -- gradients
+
+
+@pytest.mark.parametrize("L, B, K", [(1, 2, None), (6, 2, None), (5, 2, 3), (4, 2, 9), (4, 0, None), (5, 1, 1)])
+@pytest.mark.parametrize("part", [1, convolution.CACHED])
+def test_gradients_by_finite_differences(L, B, K, part, seed, monkeypatch):
+    monkeypatch.setattr(convolution, "CACHED", part)
+    ema = build(3, 2, K, torch.float64)
+    x, padding, _ = problem(L, B, 3, torch.float64)
+    torch.autograd.gradcheck(lambda x, *_: ema(x, padding), (x, *ema.parameters()))
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 5), st.sampled_from([1, 3, 33]), st.integers(1, 5)),
+    K=st.sampled_from([None, 1, 2, 7, 50]),
+    part=st.sampled_from([1, 4000, convolution.CACHED]),
+    layout=st.permutations(range(3)),
+    s=st.integers(0, 2**31 - 1),
+)
+def test_gradients_are_autograds(shape, K, part, layout, s):
+    """In float64 to rounding, whatever way the gradient lies in memory; in float32 as near to those as autograd's."""
+    torch.manual_seed(s)
+    L, B, D, N = shape
+    ours, plain = build(D, N, K), build(D, N, K, cls=ByAutograd)
+    plain.load_state_dict(ours.state_dict())
+    x, padding, grad = problem(L, B, D)
+    grad = grad.permute(layout).contiguous().permute([layout.index(i) for i in range(3)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "CACHED", part)
+        single = gradients(ours, x, padding, grad)
+        exact = copy.deepcopy(plain).double()
+        want = gradients(exact, x.detach().double().requires_grad_(), padding, grad.double())
+        double = gradients(copy.deepcopy(ours).double(), x.detach().double().requires_grad_(), padding, grad.double())
+    for got, expected in zip(double, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert relative_error(single, want) < 3 * relative_error(gradients(plain, x, padding, grad), want) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", ["off", "forward", "both"])
+def test_gradients_in_lower_precision_and_under_autocast(dtype, autocast, seed):
+    """Each in its tensor's dtype, and no further from float64's than automatic differentiation's."""
+    ours, plain = build(dtype=dtype), build(dtype=dtype, cls=ByAutograd)
+    plain.load_state_dict(ours.state_dict())
+    x, padding, grad = problem(dtype=dtype)
+    exact = gradients(copy.deepcopy(plain).double(), x.detach().double().requires_grad_(), padding, grad.double())
+    found = []
+    for ema in (ours, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast != "off"):
+            out = ema(x, padding)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast == "both"):
+            found.append(torch.autograd.grad(out, [x, *ema.parameters()], grad))
+        assert [g.dtype for g in found[-1]] == [dtype] * 6
+    assert relative_error(found[0], exact) < 1.5 * relative_error(found[1], exact) + 4 * torch.finfo(dtype).eps
+
+
+def test_a_decay_of_zero_has_a_gradient():
+    ema = build()
+    with torch.no_grad():
+        ema.damping_factor.fill_(20.0), ema.decay_factor.fill_(20.0)
+    assert all(g.isfinite().all() for g in gradients(ema, *problem()))
+
+
+def test_padding_is_neither_seen_nor_blamed(seed):
+    """What stands at padding, even NaN, reaches no other label; only the residual sends a gradient there."""
+    ema = build(activation=torch.nn.Identity())
+    x, padding, grad = problem()
+    want = gradients(ema, x, padding, grad)
+    torch.testing.assert_close(want[0][padding.t()], (grad * ema.residual_weight)[padding.t()])
+    poisoned = x.detach().masked_fill(padding.t()[..., None], float("nan")).requires_grad_()
+    for got, expected in zip(gradients(ema, poisoned, padding, grad)[:-1], want[:-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_second_derivative_is_refused():
+    ema = build()
+    x, padding, _ = problem()
+    (first,) = torch.autograd.grad(ema(x, padding).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", ["input", "weights", "kernel", "residual"])
+def test_what_is_frozen_has_no_gradient_and_the_rest_its_own(frozen, seed):
+    ema = build()
+    x, padding, grad = problem()
+    names = ["x", *dict(ema.named_parameters())]
+    want = dict(zip(names, gradients(ema, x, padding, grad), strict=True))
+    x = x.detach().requires_grad_(frozen != "input")
+    for name, parameter in ema.named_parameters():
+        is_residual = name == "residual_weight"
+        parameter.requires_grad_(
+            {"weights": False, "kernel": is_residual, "residual": not is_residual}.get(frozen, True)
+        )
+    ema(x, padding).backward(grad)
+    for name, tensor in {"x": x, **dict(ema.named_parameters())}.items():
+        assert (tensor.grad is not None) == tensor.requires_grad
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad, want[name], rtol=0, atol=0)
+
+
+# -- what is kept, and the tools that look into it
+
+
+def kept_bytes(ema, x, padding) -> int:
+    """What the graph holds beyond the input and the parameters."""
+    known = {t.untyped_storage().data_ptr() for t in (x, padding, *ema.parameters())}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: an address must not be used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ema(x, padding)
+    return sum(size for address, (size, _) in found.items() if address not in known)
+
+
+@pytest.mark.parametrize("L", [1, 16, 64])
+def test_less_memory_is_kept_than_by_autograd(L):
+    """The activation's input and the kernel, little more; automatic differentiation keeps the spectra, too."""
+    x, padding, _ = problem(L, 4, 32)
+    bound = x.nbytes + 32 * (L + 30) * 4 + 1000
+    ours = kept_bytes(build(32), x, padding)
+    assert ours <= bound and ours < kept_bytes(build(32, cls=ByAutograd), x, padding)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_and_copies(reentrant, seed):
+    ema = build()
+    x, padding, grad = problem()
+    want = gradients(ema, x, padding, grad)
+    again = copy.deepcopy(ema)
+    checkpoint(again, x, padding, use_reentrant=reentrant).backward(grad)
+    for got, expected in zip([x.grad, *(p.grad for p in again.parameters())], want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here"),
+                pytest.mark.slow,
+            ],
+        ),
+    ],
+)
+def test_compiled_training_is_one_graph_for_any_shape(backend, seed):
+    ema = build()
+    compiled = torch.compile(ema, fullgraph=True, dynamic=True, backend=backend)
+    for L, B in ((7, 2), (12, 5)):
+        x, padding, grad = problem(L, B)
+        for got, want in zip(gradients(compiled, x, padding, grad), gradients(ema, x, padding, grad), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_can_be_saved(seed):
+    network = MegaNetwork(11, 8, 8, 4, 8, 2, num_blocks=2).eval()
+    labels = torch.randint(1, 11, (2, 9))
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(network, (labels,), check_trace=False), file)
+    file.seek(0)
+    other = torch.randint(1, 11, (2, 9))
+    torch.testing.assert_close(torch.jit.load(file)(other), network(other))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_with_the_host():
+    ema = build().cuda()
+    x, padding, grad = (t.detach().cuda() for t in problem())
+    x.requires_grad_()
+    gradients(ema, x, padding, grad)  # plans of the transforms
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(ema, x, padding, grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
