@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = (
     "what method shape dtype part threads repeats median_ms p20_ms p80_ms cpu_ms extra_memory_mb extra_memory_ratio "
-    "error device python torch versions commit date"
+    "error device python torch versions commit date gradient_error bandwidth_share"
 ).split()
 
 
@@ -41,7 +41,9 @@ def require_green(*tests: str) -> None:
 def measure(
     prepare: Callable[[], object], parts: dict[str, Callable], warmup: int = 2, repeats: int = 10
 ) -> dict[str, dict]:
-    """Times of each part in milliseconds: median_ms, p20_ms, p80_ms (wall clock) and cpu_ms (median CPU time).
+    """Times of each part in milliseconds: median_ms, p20_ms, p80_ms and cpu_ms (median CPU time).
+
+    The first three are wall-clock times; on a GPU what its events count, from the part's first kernel to its last.
 
     Each repeat begins with a fresh ``prepare()``, which is not timed; a part takes what the part before it returned.
     Freeing memory takes time, too: a part should return what its caller would keep.
@@ -50,13 +52,12 @@ def measure(
     for repeat in range(-warmup, repeats):
         state = prepare()
         for name, part in parts.items():
-            synchronise()
-            started = time.perf_counter(), time.process_time()
+            stop = _stopwatch()
             result = part(state)
-            synchronise()
+            seconds = stop()
             if repeat >= 0:
-                wall[name].append(time.perf_counter() - started[0])
-                cpu[name].append(time.process_time() - started[1])
+                wall[name].append(seconds[0])
+                cpu[name].append(seconds[1])
             state = result  # what the part was given is freed off the clock
         del state, result
     return {name: {**_quantiles(wall[name]), "cpu_ms": _milliseconds(cpu[name], 0.5)} for name in parts}
@@ -114,9 +115,31 @@ def table(rows: list[dict], columns: Iterable[str]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that copying a tensor reads and writes, at 256 MB on a CPU and 1 GB on a GPU."""
+    size = 2**26 if device == "cpu" else 2**28
+    source, target = (torch.zeros(size, device=device) for _ in range(2))
+    times = measure(lambda: None, {"copy": lambda _: target.copy_(source)})
+    return 2 * source.nbytes / (times["copy"]["median_ms"] / 1e3)
+
+
+def _stopwatch() -> Callable[[], tuple[float, float]]:
+    """Starts now; the call gives wall-clock (on a GPU: its events') and CPU seconds since."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
         torch.cuda.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+    started = time.perf_counter(), time.process_time()
+
+    def stop() -> tuple[float, float]:
+        if on_gpu:
+            events[1].record()
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
+        return (events[0].elapsed_time(events[1]) / 1e3 if on_gpu else wall), cpu
+
+    return stop
 
 
 def _quantiles(seconds: list[float]) -> dict:
@@ -154,5 +177,8 @@ def _version(package: str) -> str:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return "unknown"
     return done.stdout.strip() or "unknown"
