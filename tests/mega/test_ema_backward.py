@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from ema_by_autograd import ByAutograd, kept_bytes
 from espnet2.asr_transducer.decoder.modules.mega.multi_head_damped_ema import MultiHeadDampedEMA as EspnetEMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,24 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from espnet_mega_plugin.mega import MegaNetwork, convolution
 from espnet_mega_plugin.mega.ema import MultiHeadDampedEMA
-
-
-class ByAutograd(MultiHeadDampedEMA):
-    """The same forward in plain operations, which torch differentiates."""
-
-    def kernel(self, length):
-        weight, decay, project = self.coefficients()
-        lag = torch.arange(min(length, self.truncation_length or length)).to(decay)
-        return torch.einsum("dnl,dn->dl", weight[..., None] * torch.exp(lag * decay[..., None].log()), project)
-
-    def forward(self, x, padding):
-        L = x.shape[0]
-        exact = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            seen = x.permute(1, 2, 0).masked_fill(padding[:, None], 0.0).to(exact)
-            spectrum = torch.fft.rfft(seen, n=2 * L) * torch.fft.rfft(self.kernel(L).to(exact), n=2 * L)
-            y = torch.fft.irfft(spectrum, n=2 * L)[..., :L].to(x.dtype)
-        return self.activation(y.permute(2, 0, 1) + x * self.residual_weight)
 
 
 def build(D=5, N=3, K=None, dtype=torch.float32, cls=MultiHeadDampedEMA, activation=None) -> torch.nn.Module:
@@ -199,21 +182,6 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_its_own(frozen, seed):
 
 
 # -- what is kept, and the tools that look into it
-
-
-def kept_bytes(ema, x, padding) -> int:
-    """What the graph holds beyond the input and the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in (x, padding, *ema.parameters())}
-    found = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: an address must not be used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ema(x, padding)
-    return sum(size for address, (size, _) in found.items() if address not in known)
 
 
 @pytest.mark.parametrize("L", [1, 16, 64])
