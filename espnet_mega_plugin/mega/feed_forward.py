@@ -5,6 +5,8 @@ With `pre_norm` x + W2 phi(W1 Norm(x)).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 
@@ -34,9 +36,9 @@ class NormalizedPositionwiseFeedForward(nn.Module):
         hidden = self.dropout(self.activation(self.linear1(self._entered(x))))
         return self._left(self.dropout(self.linear2(hidden)) + x)
 
-    def extend(self, x: Tensor) -> Tensor:
-        """As forward, without dropout in any mode: scoring is never random."""
-        return self._left(self.linear2(self.activation(self.linear1(self._entered(x)))) + x)
+    def extend(self, x: Tensor, linear: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__) -> Tensor:
+        """As forward, without dropout in any mode: scoring is never random. `linear` runs a layer on its input."""
+        return self._left(linear(self.linear2, self.activation(linear(self.linear1, self._entered(x)))) + x)
 
     def _entered(self, x: Tensor) -> Tensor:
         return self.normalization(x) if self.pre_norm else x

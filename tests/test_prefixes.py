@@ -1,0 +1,429 @@
+"""What the decoder remembers of prefixes never gives a stale or foreign answer, and goes back when nobody needs it.
+
+The oracle is `network.extend`, which knows nothing of prefixes, rows or caches, going on alone from each hypothesis'
+own memory; where the weights never changed, also `forward` over the whole prefix.
+"""
+
+import copy
+import gc
+import pickle
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+from configurations import configurations, perturbed
+from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer, Hypothesis
+from espnet2.asr_transducer.joint_network import JointNetwork
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+
+from espnet_mega_plugin.decoder import MEGADecoder
+from espnet_mega_plugin.mega.few_rows import MOST, linear
+from espnet_mega_plugin.mega.prefix_state import PrefixState
+from espnet_mega_plugin.mega.rows import Table
+from espnet_mega_plugin.mega.state import MegaMemory
+from espnet_mega_plugin.mega.step import Past, step
+
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+SMALL = {"block_size": 12, "linear_size": 10, "qk_size": 6, "v_size": 14, "num_heads": 2, "num_blocks": 2}
+REACHES = [
+    {},
+    {"rel_pos_bias_type": "rotary", "truncation_length": 3},
+    {"chunk_size": 3},
+    {"chunk_size": 2, "truncation_length": 5},
+    {"attention_window": 3, "pre_norm": True},
+    {"attention_window": 1, "truncation_length": 4},
+]
+reaches = pytest.mark.parametrize("reach", REACHES, ids=lambda reach: "-".join(reach) or "full")
+
+
+def decoder(vocab_size=5, seed=0, dtype=torch.float64, **options) -> MEGADecoder:
+    torch.manual_seed(seed)
+    return perturbed(MEGADecoder(vocab_size, **{**SMALL, "max_positions": 40, **options})).to(dtype).eval()
+
+
+# -- any interleaving of calls
+
+
+@dataclass
+class Held:
+    """A hypothesis as a search holds it, and what the oracle remembers of it."""
+
+    labels: list[int]
+    state: list
+    memory: MegaMemory
+    weights: int | None  # which weights made all of it; None: several
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Random calls, resets, evictions, looks into states, changes of weights and of dtype."""
+
+    hypotheses = Bundle("hypotheses")
+
+    @initialize(target=hypotheses, options=st.sampled_from(REACHES), seed=st.integers(0, 999), room=st.integers(1, 6))
+    def build(self, options, seed, room):
+        self.model = decoder(seed=seed, **options)
+        self.model.prefixes.remembered = room  # almost everything is forgotten at once
+        self.weights = 0
+        return self._first()
+
+    def _first(self) -> Held:
+        return Held([], self.model.init_state(1), self.model.empty_memory(1), self.weights)
+
+    @rule(target=hypotheses)
+    def start(self):
+        return self._first()
+
+    def _checked(self, hypothesis: Held, label: int, out: torch.Tensor, state: list) -> Held:
+        with torch.no_grad():
+            want, memory = self.model.extend(torch.tensor([[label]]), hypothesis.memory)
+        exact = EXACT if self.model.embed.weight.dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-3}
+        torch.testing.assert_close(out, want[0, 0], check_dtype=False, **exact)
+        labels = [*hypothesis.labels, label]
+        weights = self.weights if hypothesis.weights == self.weights else None
+        if weights is not None:
+            with torch.no_grad():
+                torch.testing.assert_close(out, self.model(torch.tensor([labels]))[0, -1], check_dtype=False, **exact)
+        return Held(labels, state, memory, weights)
+
+    @rule(target=hypotheses, hypothesis=hypotheses, label=st.integers(0, 4))
+    def score(self, hypothesis, label):
+        if len(hypothesis.labels) > 12:
+            return hypothesis
+        out, state = self.model.score([*hypothesis.labels, label], hypothesis.state)
+        return self._checked(hypothesis, label, out[0], state)
+
+    @rule(target=hypotheses, chosen=st.lists(st.tuples(hypotheses, st.integers(0, 4)), min_size=1, max_size=5))
+    def batch_score(self, chosen):
+        chosen = [(hypothesis, label) for hypothesis, label in chosen if len(hypothesis.labels) <= 12]
+        hyps = [Hypothesis(0.0, [*hypothesis.labels, label], hypothesis.state) for hypothesis, label in chosen]
+        out, batch = self.model.batch_score(hyps)
+        return multiple(
+            *(
+                self._checked(hypothesis, label, out[i], self.model.select_state(batch, i))
+                for i, (hypothesis, label) in enumerate(chosen)
+            )
+        )
+
+    @rule(target=hypotheses, chosen=st.lists(hypotheses, min_size=1, max_size=4), data=st.data())
+    def through_a_batched_state(self, chosen, data):
+        batch = self.model.create_batch_states([hypothesis.state for hypothesis in chosen])
+        if data.draw(st.booleans()):
+            batch = list(batch)
+        i = data.draw(st.integers(0, len(chosen) - 1))
+        one = chosen[i]
+        return Held(one.labels, self.model.select_state(batch, i), one.memory, one.weights)
+
+    @rule(hypothesis=hypotheses)
+    def look(self, hypothesis):
+        assert {"ema_state", "prev_key", "prev_value"} <= set(hypothesis.state[0])
+
+    @rule(target=hypotheses, hypothesis=hypotheses)
+    def copied(self, hypothesis):
+        state = copy.deepcopy(hypothesis.state)
+        assert type(state) is list
+        return Held(hypothesis.labels, state, hypothesis.memory, hypothesis.weights)
+
+    @rule(target=hypotheses, hypothesis=hypotheses, label=st.integers(0, 4))
+    def inference(self, hypothesis, label):
+        if len(hypothesis.labels) > 12:
+            return hypothesis
+        out, state = self.model.inference(torch.tensor([[label]]), hypothesis.state)
+        return self._checked(hypothesis, label, out[0, 0].detach(), self.model.select_state(state, 0))
+
+    @rule(_=consumes(hypotheses))
+    def dropped(self, _):
+        pass
+
+    @rule()
+    def reset(self):
+        self.model.score_cache = {}
+
+    @rule(seed=st.integers(0, 999), how=st.sampled_from(["load", "in place", "replaced"]))
+    def other_weights(self, seed, how):
+        self.weights += 1
+        torch.manual_seed(seed)
+        name, parameter = list(self.model.named_parameters())[seed % 7]
+        other = parameter.detach() + 0.1 * torch.randn_like(parameter)
+        if how == "load":
+            self.model.load_state_dict({**self.model.state_dict(), name: other})
+        elif how == "in place":
+            with torch.no_grad():
+                parameter.copy_(other)
+        else:
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, torch.nn.Parameter(other))
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
+    def moved(self, dtype):
+        if dtype != self.model.embed.weight.dtype:
+            self.model.to(dtype)
+            self.weights += 1
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+# -- random trees of hypotheses over random configurations
+
+
+@settings(max_examples=100)
+@given(configuration=configurations, seed=st.integers(0, 2**31), data=st.data())
+def test_a_growing_tree_of_hypotheses_is_forward(configuration, seed, data):
+    """Hypotheses that share any part of their past, of any lengths, each scored in any company."""
+    torch.manual_seed(seed)
+    model = perturbed(MEGADecoder(**configuration)).double().eval()
+    label = st.integers(0, configuration["vocab_size"] - 1)
+    tree = [([0], model.init_state(1))]
+    for _ in range(data.draw(st.integers(1, 6))):
+        chosen = data.draw(st.lists(st.sampled_from(range(len(tree))), min_size=1, max_size=6))
+        hyps = [Hypothesis(0.0, *tree[i]) for i in chosen]
+        out, batch = model.batch_score(hyps)
+        want = [model(torch.tensor([hyp.yseq]))[0, -1] for hyp in hyps]
+        torch.testing.assert_close(out, torch.stack(want).detach(), **EXACT)
+        tree += [([*hyp.yseq, data.draw(label)], model.select_state(batch, i)) for i, hyp in enumerate(hyps)]
+
+
+# -- what is evaluated, what is kept
+
+
+class Asked:
+    """The prefixes a search asks for."""
+
+    def __init__(self, model: MEGADecoder):
+        self.count = Counter()
+        score, batch_score = model.score, model.batch_score
+        model.score = lambda labels, state: self.count.update([tuple(labels)]) or score(labels, state)
+        model.batch_score = lambda hyps: self.count.update(tuple(h.yseq) for h in hyps) or batch_score(hyps)
+
+
+SEARCHES = {
+    "default": {"search_type": "default"},
+    "tsd": {"search_type": "tsd", "max_sym_exp": 3},
+    "alsd": {"search_type": "alsd", "u_max": 9},
+    "maes": {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 1},
+}
+
+
+def search(model: MEGADecoder, seed: int, search_type: str) -> BeamSearchTransducer:
+    torch.manual_seed(seed)
+    joint = perturbed(JointNetwork(model.vocab_size, 5, model.output_size, 8)).to(model.embed.weight.dtype).eval()
+    with torch.no_grad():
+        joint.lin_out.bias[0] += 3.0
+    return BeamSearchTransducer(model, joint, beam_size=3, nbest=3, **SEARCHES[search_type])
+
+
+@pytest.mark.parametrize("search_type", SEARCHES)
+@torch.no_grad()
+def test_a_search_evaluates_each_prefix_once(search_type, seed):
+    model = decoder(vocab_size=7, seed=seed)
+    beam, asked = search(model, seed, search_type), Asked(model)
+    for utterance in range(2):
+        before = model.prefixes.evaluated
+        asked.count.clear()
+        beam(torch.randn(11, 5, dtype=torch.float64))
+        assert model.prefixes.evaluated - before == len(asked.count), utterance
+    assert search_type == "maes" or asked.count.total() > len(asked.count)  # there was something to save
+
+
+@reaches
+def test_memory_is_linear_in_the_labels_and_goes_back(reach, seed):
+    """One row a label in reach, one end a prefix remembered or held; nothing after the utterance."""
+    model = decoder(**reach, max_positions=60)
+    model.prefixes.remembered = 4
+    labels, state = [], model.init_state(1)
+    for _ in range(50):
+        labels.append(0 if not labels else int(torch.randint(1, 5, ())))
+        _, state = model.score(labels, state)
+    tables = model.prefixes.tables
+    window, chunk, cut = (reach.get(key) for key in ("attention_window", "chunk_size", "truncation_length"))
+    # within the last 4 prefixes: each keeps what it can attend to or the truncated average needs
+    kept = max(chunk or 0, (window or 1) - 1, (cut or 1) - 1)
+    most = 50 if not (window or chunk) else kept + 4
+    assert tables.ends.lent <= 4 and tables.labels.lent <= most
+    model.score_cache = {}
+    assert 1 <= tables.ends.lent  # the state is still held, and still good:
+    with torch.no_grad():
+        out, longer = model.score([*labels, 3], state)
+        torch.testing.assert_close(out[0], model(torch.tensor([[*labels, 3]]))[0, -1], **EXACT)
+    del state, longer, _
+    model.score_cache = {}
+    gc.collect()
+    assert tables.ends.lent == tables.labels.lent == 0
+
+
+def test_hypotheses_share_their_past(seed):
+    model = decoder()
+    labels, state = [0, 1, 2, 3, 4, 1, 2, 3], model.init_state(1)
+    for t in range(len(labels)):
+        _, state = model.score(labels[: t + 1], state)
+    lent = model.prefixes.tables.labels.lent
+    model.batch_score([Hypothesis(0.0, [*labels, label], state) for label in range(5)])
+    assert model.prefixes.tables.labels.lent == lent + 5
+
+
+@pytest.mark.parametrize("search_type", SEARCHES)
+@torch.no_grad()
+def test_many_utterances_take_no_more_memory_than_a_few(search_type, seed):
+    model = decoder(vocab_size=7, seed=seed)
+    beam = search(model, seed, search_type)
+    sizes = []
+    for _ in range(10):
+        beam(torch.randn(9, 5, dtype=torch.float64))
+        gc.collect()
+        sizes.append((model.prefixes.tables.labels.lent, model.prefixes.tables.ends.lent))
+    assert set(sizes) == {(0, 0)}
+    assert model.prefixes.tables.labels.size <= 8 * Table.FIRST
+
+
+def test_a_table_that_a_long_utterance_made_large_is_given_back(seed):
+    model = decoder(max_positions=1000)
+    labels, state = [0], model.init_state(1)
+    for _ in range(10 * Table.FIRST):
+        _, state = model.score(labels, state)
+        labels = [*labels, 1 + len(labels) % 4]
+    assert model.prefixes.tables.labels.bytes > 0
+    del state
+    model.score_cache = {}
+    assert model.prefixes.tables.labels.bytes == 0
+    assert model.score([0], model.init_state(1))[0].isfinite().all()
+
+
+# -- two users of one decoder
+
+
+@pytest.mark.parametrize("search_type", SEARCHES)
+@torch.no_grad()
+def test_two_threads_with_one_decoder(search_type, seed):
+    """Each has its own search over the one decoder and resets it when it likes."""
+    model = decoder(vocab_size=7, seed=seed)
+    utterances = [torch.randn(9, 5, dtype=torch.float64) for _ in range(8)]
+    alone = [[(h.yseq, float(h.score)) for h in search(model, seed, search_type)(x)] for x in utterances]
+    searches, found, failed = [search(model, seed, search_type) for _ in range(2)], {}, []
+
+    def decode(which: int) -> None:
+        try:
+            with torch.no_grad():
+                for i in range(which, len(utterances), 2):
+                    found[i] = [(h.yseq, float(h.score)) for h in searches[which](utterances[i])]
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=decode, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for i, want in enumerate(alone):
+        assert [labels for labels, _ in found[i]] == [labels for labels, _ in want]
+        assert [score for _, score in found[i]] == pytest.approx([score for _, score in want], rel=1e-9)
+
+
+def test_a_replica_of_data_parallel_remembers_for_itself(seed):
+    model = decoder()
+    replica = model._replicate_for_data_parallel()
+    assert replica.prefixes is not model.prefixes
+
+
+# -- states
+
+
+@reaches
+def test_a_state_looked_into_and_changed_is_read_as_it_is(reach, seed):
+    model = decoder(**reach)
+    labels, state = [0, 3, 1, 4, 2], model.init_state(1)
+    for t in range(len(labels)):
+        _, state = model.score(labels[: t + 1], state)
+    plain, _ = model.score([*labels, 1], state)
+    assert state.prefixes is not None
+    with torch.no_grad():
+        if "truncation_length" in reach:
+            state[0]["prev_input"].add_(1.0)
+        else:
+            state[0]["ema_state"].add_(1.0)
+    changed, _ = model.score([*labels, 1], state)
+    by_hand, _ = model.score([*labels, 1], [dict(block) for block in state])
+    assert not torch.allclose(changed, plain)
+    torch.testing.assert_close(changed, by_hand, **EXACT)
+
+
+def test_a_state_is_a_list_to_whoever_looks(seed):
+    model = decoder()
+    _, state = model.score([0], model.init_state(1))
+    _, batch = model.batch_score([Hypothesis(0.0, [0, 1], state), Hypothesis(0.0, [0, 2], state)])
+    assert isinstance(batch, PrefixState) and isinstance(batch, list)
+    assert len(batch) == SMALL["num_blocks"] and [type(block) for block in batch] == [dict] * 2
+    assert batch[0]["prev_key"].shape == (2, 2, 6) and batch[-1]["position"].tolist() == [2, 2]
+    _, again = model.score([0, 1], state)
+    assert type(pickle.loads(pickle.dumps(again))) is list
+    assert "ema_state" in repr(again) and again == again.copy()
+
+
+# -- the flat step as a function of tensors
+
+
+class Step(torch.nn.Module):
+    def __init__(self, model: MEGADecoder, constants):
+        super().__init__()
+        self.model, self.constants = model, constants
+
+    def forward(self, labels, ema, shared, own, bias):
+        out, fresh = step(self.model, self.constants, labels, None, Past(ema, None, shared, own, bias))
+        return out, torch.stack(fresh.ema), torch.stack(fresh.keys_values)
+
+
+def step_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tensor, ...]:
+    blocks, width = SMALL["num_blocks"], SMALL["qk_size"] + SMALL["v_size"]
+    bias = torch.randn(blocks, B, P + T + 1)
+    bias[:, 0, P : P + T] = float("-inf")
+    return (
+        torch.randint(1, model.vocab_size, (B,)),
+        torch.randn(blocks, B, SMALL["block_size"], SMALL["num_heads"]),
+        torch.randn(blocks, P, width),
+        torch.randn(blocks, B, T, width),
+        bias,
+    )
+
+
+def a_step() -> Step:
+    model = decoder(dtype=torch.float32)
+    model.score([0], model.init_state(1))
+    return Step(model, model.prefixes._constants[1])
+
+
+def test_the_step_is_exported_for_any_sizes(seed):
+    module = a_step()
+    B, P, T = (torch.export.Dim(name, min=2, max=64) for name in ("hypotheses", "shared", "own"))
+    shapes = ({0: B}, {1: B}, {1: P}, {1: B, 2: T}, {1: B, 2: torch.export.Dim.AUTO})
+    with torch.no_grad():
+        exported = torch.export.export(module, step_inputs(module.model, 9, 6, 4), dynamic_shapes=shapes).module()
+        for sizes in ((9, 6, 4), (12, 30, 3)):
+            inputs = step_inputs(module.model, *sizes)
+            torch.testing.assert_close(exported(*inputs), module(*inputs))
+
+
+def test_the_step_is_one_graph_for_torch_compile(seed):
+    """Without the C++ compiler that code generation would need."""
+    module = a_step()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for sizes in ((9, 6, 4), (12, 30, 3), (3, 5, 2)):
+            inputs = step_inputs(module.model, *sizes)
+            torch.testing.assert_close(compiled(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize("rows", range(MOST + 2))
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (64, 129)])
+def test_a_layer_for_few_rows_is_the_layer(rows, sizes, seed):
+    layer, x = torch.nn.Linear(*sizes), torch.randn(rows, sizes[0])
+    for given_ in (x, x.t().contiguous().t(), x.expand(rows, -1)):
+        torch.testing.assert_close(linear(layer, given_), layer(given_))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    linear(layer, x)
+    assert calls == [1]
