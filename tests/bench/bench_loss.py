@@ -117,10 +117,10 @@ WITH_JOINT = ("fused", "pruned")  # these begin before the logits
 
 
 def bench(name: str, case: Case, dtype: torch.dtype, device: str, repeats: int, bandwidth: float) -> list[dict]:
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     leaf = torch.empty(case.shape, device=device, dtype=dtype)
     for utterance in leaf:
-        utterance.copy_(torch.randn(utterance.shape, generator=draw))
+        utterance.copy_(torch.randn(utterance.shape, generator=draw, device=device))
     leaf.requires_grad_()
     arguments = case.targets(device)
 

@@ -1,0 +1,303 @@
+"""All that has to be seen on a GPU, in one call under eight minutes: `python tests/bench/gpu.py [--results FILE]`.
+
+First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
+that waits for the device. Then the benchmark of bench_loss.py for the losses whose checks passed, in float32 and
+bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak. Rows are
+appended as they come, so a run that is cut off has left what it had.
+
+Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
+Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
+in Triton's interpreter.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parents[1]), str(HERE.parent / "rnnt"), str(HERE)]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+import bench_loss  # noqa: E402
+import harness  # noqa: E402
+from rnnt_problems import random_problem  # noqa: E402
+
+from espnet_mega_plugin.mega.network import MegaNetwork  # noqa: E402
+from espnet_mega_plugin.rnnt import (  # noqa: E402
+    do_rnnt_pruning,
+    fused_rnnt_loss,
+    get_rnnt_prune_ranges,
+    rnnt_loss,
+    rnnt_loss_pruned,
+    rnnt_loss_smoothed,
+)
+
+SHAPES = "an4,30 8,150,30,1000 8,250,60,1000 16,400,80,500 4,400,60,5000 32,500,100,2000"
+CHANNELS = 512
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# what rounding to the type does to a gradient, with some room
+LIMIT = {F64: 1e-9, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
+
+
+class Check(NamedTuple):
+    what: str  # the loss, by its name in bench_loss.py, or the decoder
+    how: str
+    limit: float
+    error: Callable[[], float]
+
+
+# ---- checks: each gives the largest relative error against float64 on the CPU ----------------------------------------
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    found, exact = found.detach().cpu().double(), exact.detach().cpu().double()
+    return float((found - exact).norm() / exact.norm())
+
+
+def worst(found: list[Tensor], exact: list[Tensor]) -> float:
+    errors = [relative(*pair) for pair in zip(found, exact, strict=True)]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def on(device: str, tensors) -> list:
+    return [x.to(device) if isinstance(x, Tensor) else x for x in tensors]
+
+
+def standard(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+    problem = random_problem(*shape, seed=1, blank=1, dtype=dtype)
+    found = []
+    for device, chosen, given in ((DEVICE, method, dtype), ("cpu", "wavefront", F64)):
+        acts, *others = on(device, problem)
+        acts = acts.to(given).requires_grad_()
+        costs = rnnt_loss(acts * 1, *others, reduction="none", fastemit_lambda=0.1, method=chosen)
+        found.append([costs, *torch.autograd.grad(costs.sum(), acts)])
+    return worst(*found)
+
+
+def joint(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """Encoder and decoder outputs, weight and bias; labels and lengths."""
+    problem = random_problem(3, 40, 10, 30, seed=2, blank=0)
+    draw = torch.Generator().manual_seed(2)
+    shapes = ((3, 40, 16), (3, 11, 16), (30, 16), (30,))
+    return [torch.randn(shape, generator=draw, dtype=F64).to(dtype) for shape in shapes], list(problem[1:4])
+
+
+def fused(dtype: torch.dtype, activation: Callable[[Tensor], Tensor], autocast: bool = False) -> float:
+    inputs, others = joint(dtype)
+    given = [x.to(DEVICE).requires_grad_() for x in inputs]
+    with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
+        costs = fused_rnnt_loss(*given, *on(DEVICE, others), activation, reduction="none", fastemit_lambda=0.1)
+    found = [costs, *torch.autograd.grad(costs.sum(), given)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    enc, dec, weight, bias = exact
+    logits = torch.nn.functional.linear(activation(enc[:, :, None] + dec[:, None]), weight, bias)
+    costs = rnnt_loss(logits, *others, reduction="none", fastemit_lambda=0.1, method="wavefront")
+    return worst(found, [costs, *torch.autograd.grad(costs.sum(), exact)])
+
+
+def pruned(dtype: torch.dtype, rnnt_type: str) -> float:
+    (enc, dec, weight, _), (labels, frames, lengths) = joint(dtype)
+    boundary = torch.stack([torch.zeros_like(frames), torch.zeros_like(frames), lengths, frames], 1)
+    boundary[:, 2] = torch.minimum(lengths, frames)  # the other two types need a frame for each label
+    found, ranges = [], None
+    for device, given in (("cpu", F64), (DEVICE, dtype)):
+        leaves = [x.to(device, given).requires_grad_() for x in (enc, dec, weight)]
+        am, lm = leaves[0] @ leaves[2].T, leaves[1] @ leaves[2].T
+        symbols, limits = on(device, (labels, boundary))
+        simple, grads = rnnt_loss_smoothed(lm, am, symbols, 0, 0.1, 0.2, limits, rnnt_type, return_grad=True)
+        own = get_rnnt_prune_ranges(*grads, limits, 4)
+        ranges = own if ranges is None else ranges  # near a tie other numbers may choose other rows
+        assert own.shape == ranges.shape and own.device.type == device
+        logits = torch.tanh(sum(do_rnnt_pruning(am, lm, ranges.to(device))))
+        loss = rnnt_loss_pruned(logits, symbols, ranges.to(device), 0, limits, rnnt_type)
+        found.append([simple, loss, *torch.autograd.grad(simple + loss, leaves)])
+    return worst(found[1], found[0])
+
+
+def decoder(dtype: torch.dtype, **options) -> float:
+    """Forward, its gradient, and extend: five labels at once, then one by one."""
+    torch.manual_seed(3)
+    exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2, **options).double()
+    labels = torch.cat([torch.zeros(3, 1, dtype=torch.long), torch.randint(1, 50, (3, 40))], 1)
+    weights = torch.randn(3, 41, 64, dtype=F64)
+    network = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2, **options)
+    network.load_state_dict(exact.state_dict())
+    network.to(DEVICE, dtype)
+    found = []
+    for each, device in ((network, DEVICE), (exact, "cpu")):
+        out = each(labels.to(device))
+        (out * weights.to(device, out.dtype)).sum().backward()
+        found.append([out, each.embed.weight.grad, each.mega_blocks[0][0].proj_v.weight.grad])
+    with torch.no_grad():
+        memory, parts = network.empty_memory(3), []
+        for piece in (labels[:, :5], *labels[:, 5:].split(1, 1)):
+            out, memory = network.extend(piece.to(DEVICE), memory)
+            parts.append(out)
+    return worst([*found[0], torch.cat(parts, 1)], [*found[1], found[1][0]])
+
+
+def without_waiting(method: str) -> float:
+    """0 where a step runs through while torch raises at whatever makes the host wait; meaningless on a CPU."""
+    inputs, others = joint(F32)
+    given, labels = [x.to(DEVICE).requires_grad_() for x in inputs], others[0].to(DEVICE)
+    lengths = others[1:] if method == "fused" else on(DEVICE, others[1:])
+
+    def step() -> None:
+        if method == "fused":
+            loss = fused_rnnt_loss(*given, labels, *lengths, threshold=0)
+        else:
+            enc, dec, weight, bias = given
+            logits = torch.nn.functional.linear(torch.tanh(enc[:, :, None] + dec[:, None]), weight, bias)
+            loss = rnnt_loss(logits, labels, *lengths, method=method)
+        loss.backward()
+
+    step()  # what is loaded and compiled at first may wait
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return 0.0
+
+
+def beyond_32_bits(method: str) -> float:
+    """The last utterance of 2.5e9 logits in a batch and alone; needs about 15 GB."""
+    B, T, U, V = 3, 256, 63, 50000
+    acts = torch.zeros(B, T, U + 1, V, dtype=BF16, device=DEVICE)
+    acts[-1] = torch.linspace(-1, 1, V, device=DEVICE)
+    labels = torch.arange(1, U + 1, device=DEVICE).repeat(B, 1)
+    lengths = [torch.full((B,), n, device=DEVICE) for n in (T, U)]
+    found = []
+    for first in (0, B - 1):
+        leaf = acts[first:].requires_grad_()
+        costs = rnnt_loss(leaf * 1, *(x[first:] for x in (labels, *lengths)), reduction="none", method=method)
+        gradient = torch.autograd.grad(costs.sum(), leaf)[0]
+        found.append([costs[-1], gradient[-1, :: T // 8]])
+        acts = acts.detach()
+        del leaf, gradient
+    return worst(*found)
+
+
+def checks() -> list[Check]:
+    big = DEVICE == "cuda"
+    found = []
+    for method in ("wavefront", "triton"):
+        for dtype in (F64, F32, BF16, F16):
+            shape = (3, 40, 10, 700) if big or method == "wavefront" else (2, 6, 3, 40)
+            found.append(
+                Check(method, f"{_name(dtype)} {shape}", LIMIT[dtype], partial(standard, method, dtype, shape))
+            )
+        shape = (2, 20, 1500, 8) if big else (1, 2, 40, 3)
+        found.append(Check(method, f"float32 {shape}", 1e-3, partial(standard, method, F32, shape)))
+    for dtype in (F64, F32, BF16):
+        for activation in (torch.tanh, torch.nn.SiLU()):
+            how = f"{_name(dtype)} {getattr(activation, '__name__', activation)}"
+            found.append(Check("fused", how, 3 * LIMIT[dtype], partial(fused, dtype, activation)))
+    found.append(Check("fused", "float32 under bfloat16 autocast", 0.1, partial(fused, F32, torch.tanh, True)))
+    for rnnt_type in ("regular", "modified", "constrained"):
+        for dtype in (F64, F32):
+            found.append(
+                Check("pruned", f"{_name(dtype)} {rnnt_type}", LIMIT[dtype], partial(pruned, dtype, rnnt_type))
+            )
+    for dtype, limit in ((F64, 1e-9), (F32, 1e-4), (BF16, 0.1)):
+        for options in ({}, {"rel_pos_bias_type": "rotary", "chunk_size": 8}):
+            how = " ".join([_name(dtype), *(f"{key}={value}" for key, value in options.items())])
+            found.append(Check("decoder", how, limit, partial(decoder, dtype, **options)))
+    if big:
+        for method in ("wavefront", "triton", "fused"):
+            found.append(Check(method, "nothing waits for the device", 0.0, partial(without_waiting, method)))
+        for method in ("wavefront", "triton"):  # last: a wrong offset ends all that this process does on the device
+            found.append(Check(method, "beyond 32 bits", 1e-2, partial(beyond_32_bits, method)))
+    return [check for check in found if check.what != "triton" or find_spec("triton")]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def checked() -> set[str]:
+    """Runs the checks and prints a line for each; what failed."""
+    failed = set()
+    for check in checks():
+        try:
+            error = check.error()
+            passed = error <= check.limit  # a NaN is not
+            said = f"error {error:.1e}, limit {check.limit:.0e}"
+        except Exception as exception:
+            passed, said = False, f"{type(exception).__name__}: {exception}".splitlines()[0]
+        failed |= set() if passed else {check.what}
+        print(f"{'passed' if passed else 'FAILED'}  {check.what}, {check.how}: {said}", flush=True)
+    return failed
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def benchmark(failed: set[str], results: Path, deadline: float, shapes: list[str]) -> list[dict]:
+    """Rows of every loss that is here and right; those begun before the deadline."""
+    here = [name for name in (*bench_loss.LOSSES, *bench_loss.WITH_JOINT) if name not in failed]
+    here = [name for name in here if name not in ("torchaudio", "triton") or find_spec(name)]
+    bandwidth = harness.copy_bandwidth(DEVICE)
+    print(f"\nThe device copies {bandwidth / 1e9:.0f} GB/s (read and written).", flush=True)
+    rows, left_out = [], []
+    for case in map(bench_loss.Case.parsed, shapes):
+        for dtype in (F32, BF16):
+            for with_joint in (False, True):
+                for name in here:
+                    if not bench_loss.runs(name, case, with_joint, DEVICE):
+                        continue
+                    known = f"{name} {case.name} {_name(dtype)}{' with the joint network' if with_joint else ''}"
+                    if name == "torchaudio" and case.logits >= 2**31:
+                        print(f"not run: {known}: its offsets have 32 bits", flush=True)
+                        continue
+                    if time.monotonic() > deadline:
+                        left_out.append(known)
+                        continue
+                    options = dtype, DEVICE, 10, bandwidth
+                    if with_joint:
+                        found = bench_loss.bench_joint(name, case, CHANNELS, *options)
+                    else:
+                        found = bench_loss.bench(name, case, *options)
+                    harness.append(found, results)
+                    rows += found
+                    torch.cuda.empty_cache()
+    if left_out:
+        print(f"\nOut of time, not run: {'; '.join(left_out)}")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="CSV file to append to")
+    parser.add_argument("--minutes", type=float, default=7, help="after which nothing more is begun")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help="as of bench_loss.py")
+    args = parser.parse_args()
+    deadline = time.monotonic() + 60 * args.minutes
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # the interpreter's log(0) is meant
+    if DEVICE == "cpu":
+        print("No CUDA device here: the checks run on the CPU, nothing is measured.", flush=True)
+    else:
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    failed = checked()
+    if DEVICE == "cuda":
+        rows = benchmark(failed, args.results, deadline, args.shapes)
+        print("\n" + bench_loss.tables(rows, "torchaudio" if find_spec("torchaudio") else "wavefront"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

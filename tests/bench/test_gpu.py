@@ -1,0 +1,41 @@
+"""gpu.py where there is no GPU: its checks pass on the CPU and its benchmark fills its rows, without ESPnet or pytest."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CODE = """
+import sys, time
+for name in ("espnet", "espnet2", "pytest", "hypothesis", "numba"):
+    sys.modules[name] = None  # importing it raises
+import gpu, pathlib
+failed = gpu.checked()
+gpu.benchmark(failed, pathlib.Path(sys.argv[1]), time.monotonic() + 60, ["2,6,3,20", "an4,7"])
+gpu.benchmark(failed, pathlib.Path(sys.argv[1]), 0, ["2,6,3,20"])
+sys.exit(f"failed: {failed}" if failed else 0)
+"""
+
+
+@pytest.mark.slow
+def test_checks_and_benchmark_without_a_gpu(tmp_path):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", CODE, str(tmp_path / "rows.csv")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and "FAILED" not in done.stdout and "passed  decoder" in done.stdout
+    assert "Out of time, not run: " in done.stdout.splitlines()[-1]
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    for what, methods in (("rnnt_loss", {"wavefront"}), ("joint_512_rnnt_loss", {"wavefront", "fused", "pruned"})):
+        for shape in ("2x6x4x20", "an4:7x72x37x7"):
+            for dtype, limit in (("float32", 1e-5), ("bfloat16", 0.05)):
+                found = [
+                    r for r in rows if (r["what"], r["shape"], r["dtype"], r["part"]) == (what, shape, dtype, "both")
+                ]
+                assert methods <= {r["method"] for r in found}
+                errors = {r["method"]: float(r["gradient_error"] or "nan") for r in found}
+                assert all(errors[method] < limit for method in methods - {"pruned"}), errors
