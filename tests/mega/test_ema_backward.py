@@ -136,6 +136,17 @@ def test_gradients_in_lower_precision_and_under_autocast(dtype, autocast, seed):
     assert relative_error(found[0], exact) < 1.5 * relative_error(found[1], exact) + 4 * torch.finfo(dtype).eps
 
 
+def test_backward_within_autocast_is_backward_outside(seed):
+    ema = build()
+    x, padding, grad = problem()
+    want = gradients(ema, x, padding, grad)
+    out = ema(x, padding)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(out, [x, *ema.parameters()], grad)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_decay_of_zero_has_a_gradient():
     ema = build()
     with torch.no_grad():
