@@ -1,0 +1,68 @@
+"""The benchmarks run, count what they say they count, and refuse figures of a decoder that answers wrong."""
+
+import csv
+
+import bench_decoder
+import bench_search
+import pytest
+import torch
+from mended import pair
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def rows_of(path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_quick_decoder_benchmark(tmp_path, capsys):
+    bench_decoder.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| decoder_")]
+    assert len(shown) == len(rows)
+    assert not any(row["error"] for row in rows) and all(float(row["median_ms"]) > 0 for row in rows)
+    steps = {(row["method"], row["shape"], row["part"]) for row in rows if row["what"] == "decoder_step"}
+    methods = [("ours", "all but 8 shared"), ("ours", "nothing shared"), ("espnet_mega", ""), ("espnet_lstm", "")]
+    cells = {(name, f"{n}x{history}", part) for name, part in methods for n in (1, 3) for history in (10, 20)}
+    assert cells <= steps
+    trained = {(row["method"], row["part"]) for row in rows if row["what"] == "decoder_training"}
+    assert trained == {(name, part) for name in ("ours", "espnet_mega") for part in ("forward", "backward", "both")}
+
+
+@pytest.mark.parametrize("own", [8, None])
+@torch.no_grad()
+def test_hypotheses_of_a_step_share_what_they_should(own):
+    decoder = pair(**bench_decoder.SMALL)[1]
+    rows = [set(hyp.dec_state.prefixes[0].rows.tolist()) for hyp in bench_decoder.beam(decoder, 3, 20, own)]
+    assert [len(one) for one in rows] == [20] * 3
+    assert len(set.union(*rows)) == (12 + 3 * 8 if own else 3 * 20)
+
+
+def test_quick_search_benchmark(tmp_path, capsys):
+    bench_search.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    assert "decodes" in capsys.readouterr().out
+    assert not any(row["error"] for row in rows)
+    timed = [row for row in rows if row["what"] != "search_memory"]
+    assert [row["shape"] for row in rows if row["what"] == "search_memory"] == ["1 decodes", "3 decodes"]
+    for search in ("default", "tsd", "alsd", "maes"):
+        counts = {row["method"]: row["part"].split(", ") for row in timed if row["what"] == f"search_{search}"}
+        assert len(counts) == 4
+        calls, asked, evaluated = zip(*counts.values(), strict=True)
+        assert len(set(calls)) == len(set(asked)) == 1  # one trajectory for all
+        assert min(int(count.split()[0]) for count in evaluated) == int(counts["ours"][2].split()[0])
+
+
+@torch.no_grad()
+def test_no_figures_of_a_decoder_that_answers_wrong():
+    decoder = pair(**bench_search.SMALL)[1]
+    task = bench_search.synthetic("short", decoder.output_size, 12, 2)
+    bench_search.check(decoder, task, frames=12)
+    right = decoder.batch_score
+    decoder.batch_score = lambda hyps: (right(hyps)[0] + 1e-2, right(hyps)[1])
+    with pytest.raises(AssertionError, match="not close"):
+        bench_search.check(decoder, task, frames=12)
