@@ -40,19 +40,20 @@ def test_any_configuration_is_the_definition(configuration, seed, L, padding):
 def test_a_window_is_the_definition_far_past_its_table_and_in_padding(
     rel_pos_bias_type, pre_norm, truncation_length, window, seed
 ):
-    """Seven times the longest window; runs of padding longer than it."""
+    """As a mask (up to twice the window) and in bands (seven times the longest); runs of padding longer than a window."""
     configuration = {
         **{name: values[0] for name, values in CHOICES.items()},
         "rel_pos_bias_type": rel_pos_bias_type,
         "pre_norm": pre_norm,
         "truncation_length": truncation_length,
         "attention_window": window,
-        "max_positions": 5,
         "normalization_type": "layer_norm",
         "qk_size": 4,
         **SWISH,
     }
-    assert_defined(configuration, seed, 37, padding=True)  # a vocabulary of 2: every second label is padding
+    for L, max_positions in ((window + 1, 40), (2 * window, 40), (37, 5)):
+        # a vocabulary of 2: every second label is padding
+        assert_defined({**configuration, "max_positions": max_positions}, seed, L, padding=True)
 
 
 @pytest.mark.parametrize("option", [{"attention_window": 2}, {"pre_norm": True}])
