@@ -13,7 +13,7 @@ ROOT = Path(espnet_mega_plugin.__file__).parent
 STDLIB = sys.stdlib_module_names
 ROOMS = {
     "rnnt": {"torch", "triton", "espnet_mega_plugin.rnnt"},
-    "mega": {"torch", "espnet_mega_plugin.mega"},
+    "mega": {"torch", "numpy", "espnet_mega_plugin.mega"},
     "search": {"torch", "espnet_mega_plugin.search"},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega"},
     "model.py": {"torch", "espnet2", "espnet_mega_plugin.rnnt"},
