@@ -258,6 +258,20 @@ def test_memory_is_linear_in_the_labels_and_goes_back(reach, seed):
     assert tables.ends.lent == tables.labels.lent == 0
 
 
+@reaches
+def test_rows_that_were_lent_before_hold_what_is_in_them_now(reach, seed):
+    """Hypothesis after hypothesis without a reset, on the rows of the one dropped before."""
+    model = decoder(**reach)
+    model.prefixes.remembered = 1
+    for _ in range(6):
+        labels, state = [0], model.init_state(1)
+        for _ in range(7):
+            out, state = model.score(labels, state)
+            with torch.no_grad():
+                torch.testing.assert_close(out[0], model(torch.tensor([labels]))[0, -1], **EXACT)
+            labels = [*labels, int(torch.randint(1, 5, ()))]
+
+
 def test_hypotheses_share_their_past(seed):
     model = decoder()
     labels, state = [0, 1, 2, 3, 4, 1, 2, 3], model.init_state(1)
