@@ -155,7 +155,7 @@ def training(decoders: dict, args: argparse.Namespace, autocast: bool) -> list[d
             for name, runs in cases.items()
             for part, run in zip(("forward", "backward"), runs, strict=True)
         }
-        times = measure(lambda: None, parts, repeats=args.repeats)
+        times = measure(lambda: None, parts, repeats=args.training_repeats)
         for name in cases:
             both = {key: times[name, "forward"][key] + value for key, value in times[name, "backward"].items()}
             found = {
@@ -164,7 +164,7 @@ def training(decoders: dict, args: argparse.Namespace, autocast: bool) -> list[d
                 "both": {**both, "extra_memory_mb": memory[name]},
             }
             rows += [
-                row("decoder_training", method=name, **known, part=part, repeats=args.repeats, **values)
+                row("decoder_training", method=name, **known, part=part, repeats=args.training_repeats, **values)
                 for part, values in found.items()
             ]
     return rows
@@ -214,13 +214,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--training", nargs="*", default=TRAINING.split(), help="batch,length each")
     parser.add_argument("--autocast", action="store_true", help="train under autocast to bfloat16, too")
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=20, help="of steps of one shape, 3 repeats at least")
+    parser.add_argument("--repeats", type=int, default=30, help="of a step")
+    parser.add_argument("--seconds", type=float, default=20, help="then fewer repeats of a step, but 3 at least")
+    parser.add_argument("--training_repeats", type=int, default=15)
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows are appended to this file")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small, untested, to --results only if given")
     args = parser.parse_args(argv)
+    if min(args.history) < OWN + 2:
+        parser.error(f"--history must be {OWN + 2} or more labels; got {min(args.history)}.")
     if args.quick:
-        args.hypotheses, args.history, args.training, args.repeats = [1, 3], [10, 20], ["2,9"], 3
+        args.hypotheses, args.history, args.training = [1, 3], [10, 20], ["2,9"]
+        args.repeats = args.training_repeats = 3
     else:
         require_green("tests/test_decoder.py", "tests/mega/test_laws.py")
 

@@ -1,6 +1,6 @@
 """ESPnet's four searches over several decoders, on a CPU: prints a table and appends it to results.csv.
 
-    python tests/bench/bench_search.py                                               # default size, made-up utterance
+    python tests/bench/bench_search.py  # default size, a made-up utterance
     python tests/bench/bench_search.py --exp exp/asr_x --wav_scp dump/raw/test/wav.scp  # a trained model, real audio
 
 Timed is `BeamSearchTransducer` from the encoder's output to the n-best list, beam 5: search, joint network and decoder.
@@ -21,6 +21,8 @@ At last 1,000 short decodes with one small decoder: resident memory and the byte
 
 import argparse
 import copy
+import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -132,7 +134,7 @@ def decode(decoder, task: Task, options: dict) -> list:
 
 
 def searches(decoder, task: Task) -> dict[str, dict]:
-    """Each search with its options. ALSD needs to know how many labels there can be: what mAES finds, and a few more."""
+    """Each search with its options. ALSD has to be told how many labels there can be: what mAES finds and a few more."""
     maes = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 2}
     found = max(len(nbest[0].yseq) for nbest in decode(Following(decoder, task.shown), task, maes))
     return {
@@ -280,20 +282,24 @@ def bench_memory(counts: list[int]) -> list[dict]:
     """Resident memory and our decoder's tables after so many utterances, each another one."""
     ours, rows = pair(**SMALL)[1], []
     for n in range(1, max(counts) + 1):
-        task = synthetic("", SMALL["block_size"], 20 + n % 13, 6, seed=n)
+        task = synthetic("", SMALL["block_size"], 12 + n % 7, 3, seed=n)
         decode(Following(ours, task.shown), task, {"search_type": "maes"})
         if n in counts:
             tables = ours.prefixes.tables
             resident = resident_mb()
-            rows.append({"decodes": n, "resident_mb": resident, "tables_bytes": tables.labels.bytes + tables.ends.bytes})
+            rows.append(
+                {"decodes": n, "resident_mb": resident, "tables_bytes": tables.labels.bytes + tables.ends.bytes}
+            )
     return rows
 
 
 def resident_mb() -> float | None:
-    """Memory this process has now; None where that is not told."""
+    """Memory this process holds, without what it has freed and not given back; None where that is not told."""
+    gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    except OSError:
+    except (OSError, AttributeError):  # not Linux, not glibc
         return None
 
 
@@ -365,7 +371,11 @@ def main(argv: list[str] | None = None) -> None:
             [
                 row(
                     "search_memory",
-                    **{"method": "ours", "shape": f"{r['decodes']} decodes", "part": f"{r['tables_bytes']} bytes of tables"},
+                    **{
+                        "method": "ours",
+                        "shape": f"{r['decodes']} decodes",
+                        "part": f"{r['tables_bytes']} bytes of tables",
+                    },
                     extra_memory_mb=first and r["resident_mb"] - first,
                 )
                 for r in memory
