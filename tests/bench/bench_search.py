@@ -134,7 +134,7 @@ def decode(decoder, task: Task, options: dict) -> list:
 
 
 def searches(decoder, task: Task) -> dict[str, dict]:
-    """Each search with its options. ALSD has to be told how many labels there can be: what mAES finds and a few more."""
+    """Each search with its options. ALSD must be told how many labels there can be: what mAES finds and a few more."""
     maes = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 2}
     found = max(len(nbest[0].yseq) for nbest in decode(Following(decoder, task.shown), task, maes))
     return {
