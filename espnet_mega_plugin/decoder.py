@@ -319,7 +319,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
 
     def _extended(self, states: list[Documented], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
         prefixes = [self._prefix(one) for one in states]
-        return self.prefixes.extend(self, prefixes, labels, self._weights())
+        return self.prefixes.extend(self, prefixes, labels)
 
     def _prefix(self, states: Documented) -> Prefix:
         """What scoring goes on from; a state built by hand, or one from before a move to another device, is copied."""
@@ -353,18 +353,6 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             state["prev_pad"] = state["prev_pad"].new_zeros(1, 1)
             state["position"] = state["position"][0]
         return states
-
-    def _weights(self) -> tuple:
-        """Differs whenever the same labels could give other numbers."""
-        weight = self.embed.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        return (
-            weight.device,
-            weight.dtype,
-            autocast and torch.get_autocast_dtype(weight.device.type),
-            sum(p._version for p in self.parameters() if not p.is_inference()),
-            sum(p.data_ptr() for p in self.parameters()),
-        )
 
     def _last(self, label_sequence: Sequence[int]) -> int:
         if not len(label_sequence):

@@ -24,6 +24,7 @@ from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.rows import Row, Table
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 from espnet_mega_plugin.mega.step import Constants, Past, step
+from espnet_mega_plugin.mega.weights import Weights
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
@@ -81,6 +82,7 @@ class PrefixMemory:
         self._lock = threading.RLock()
         self._tables: Tables | None = None
         self._constants: tuple[tuple, Constants] | None = None
+        self._weights = Weights()
         self.evaluated = 0  # prefixes the network was run for, since the decoder was made
         self.forget()
 
@@ -138,22 +140,19 @@ class PrefixMemory:
             return prefix
 
     @torch.no_grad()
-    def extend(
-        self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int], weights: tuple
-    ) -> tuple[Tensor, list[Prefix]]:
+    def extend(self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
         """Go on from each prefix by its label.
 
         Args:
             prefixes: those `fits` holds for.
             labels: one for each, of the vocabulary.
-            weights: a value that differs whenever the network would give other numbers.
 
         Returns:
             out: decoder output after the label. (B, D)
             extended: the longer prefixes.
         """
         with self._lock:
-            constants = self._constants_of(network, weights)
+            constants = self._constants_of(network)
             pairs = list(zip(prefixes, labels, strict=True))
             known = {pair: self._known(*pair, constants) for pair in pairs}
             new = [pair for pair, child in known.items() if child is None]
@@ -206,7 +205,8 @@ class PrefixMemory:
             self._tables, self._constants = Tables(network), None
         return self._tables
 
-    def _constants_of(self, network: MegaNetwork, weights: tuple) -> Constants:
+    def _constants_of(self, network: MegaNetwork) -> Constants:
+        weights = self._weights.now(network)
         if self._constants is None or self._constants[0] != weights:
             self._constants = (weights, Constants(network))
         return self._constants[1]

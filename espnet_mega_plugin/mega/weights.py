@@ -1,0 +1,49 @@
+"""Whether a network may give other numbers than before: a value that changes with its weights, cheap to ask for.
+
+Seen are a change in place as autograd sees it (`load_state_dict`, optimisers, any in-place operation), another tensor
+behind a parameter, another parameter, another submodule. Not seen is a write behind autograd's back, through `.data`.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import nn
+
+
+class Weights:
+    """A walk over a network's modules takes 0.25 ms for four blocks; this one is repeated only if a module changed."""
+
+    def __init__(self):
+        self._entries: list[tuple[dict, tuple]] = []  # each module's own dicts, and what was in them
+        self._parameters: list[nn.Parameter] = []
+
+    def now(self, network: nn.Module) -> tuple:
+        if not self._entries or any(map(_changed, self._entries)):
+            self._walk(network)
+        weight = self._parameters[0]
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        return (
+            weight.device,
+            weight.dtype,
+            autocast and torch.get_autocast_dtype(weight.device.type),
+            self._versions(),
+            sum([p.data_ptr() for p in self._parameters]),
+        )
+
+    def _walk(self, network: nn.Module) -> None:
+        dicts = [d for m in network.modules() for d in (m._modules, m._parameters)]
+        self._entries = [(held, tuple(held.values())) for held in dicts]
+        self._parameters = list(network.parameters())
+
+    def _versions(self) -> int:
+        try:
+            return sum([p._version for p in self._parameters])
+        except RuntimeError:  # tensors made in inference mode have none
+            return sum(p._version for p in self._parameters if not p.is_inference())
+
+
+def _changed(entry: tuple[dict, tuple]) -> bool:
+    held, was = entry
+    return len(held) != len(was) or any(map(operator.is_not, held.values(), was))
