@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 MOST = 7
+SMALL = 1 << 16  # weights that stay in the cache, where the call costs more than the product
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """What ``layer(x)`` gives, to rounding. (B, in) to (B, out)"""
     if (
         type(layer) is not nn.Linear  # quantised, parametrised or wrapped
+        or layer.weight.numel() < SMALL
         or not 0 < x.shape[0] <= MOST
         or x.device.type != "cpu"
         or x.dtype != torch.float32
@@ -26,5 +28,5 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         or layer._forward_pre_hooks
     ):
         return layer(x)
-    rows = x.contiguous() if x.shape[0] > 1 else x.repeat(2, 1)  # strides decide which product runs
+    rows = x.contiguous() if x.shape[0] > 1 else torch.cat([x, x])  # strides decide which product runs
     return torch.addmm(layer.bias[:, None], layer.weight, rows.t()).t()[: x.shape[0]].contiguous()

@@ -34,7 +34,7 @@ class Weights:
 
     def _walk(self, network: nn.Module) -> None:
         dicts = [d for m in network.modules() for d in (m._modules, m._parameters)]
-        self._entries = [(held, tuple(held.values())) for held in dicts]
+        self._entries = [(held, tuple(held.values())) for held in dicts if held]
         self._parameters = list(network.parameters())
 
     def _versions(self) -> int:
