@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
 
 from espnet_mega_plugin.decoder import MEGADecoder
-from espnet_mega_plugin.mega.few_rows import MOST, linear
+from espnet_mega_plugin.mega.packed import PackedLayers
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
 from espnet_mega_plugin.mega.state import MegaMemory
@@ -433,13 +433,18 @@ def test_the_step_is_one_graph_for_torch_compile(seed):
             torch.testing.assert_close(compiled(*inputs), module(*inputs))
 
 
-@pytest.mark.parametrize("rows", range(MOST + 2))
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (256, 1025)])
-def test_a_layer_for_few_rows_is_the_layer(rows, sizes, seed):
+@torch.no_grad()
+def test_a_packed_layer_is_the_layer(rows, sizes, seed):
     layer, x = torch.nn.Linear(*sizes), torch.randn(rows, sizes[0])
-    for given_ in (x, x.t().contiguous().t(), x.expand(rows, -1)):
-        torch.testing.assert_close(linear(layer, given_), layer(given_))
-    calls = []
-    layer.register_forward_hook(lambda *_: calls.append(1))
-    linear(layer, x)
-    assert calls == [1]
+    packed = PackedLayers(layer)
+    assert (layer in packed._packed) == (sizes == (256, 1025) and torch.backends.mkldnn.is_available())
+    for given_ in (x, x.t().contiguous().t(), x[:1].expand(rows, -1)):
+        torch.testing.assert_close(packed(layer, given_), layer(given_))
+    other = torch.nn.Linear(*sizes)
+    torch.testing.assert_close(packed(other, x), other(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert packed(layer, x).dtype == torch.bfloat16
+    layer.register_forward_hook(lambda module, args, out: out + 1)
+    torch.testing.assert_close(packed(layer, x), layer(x))

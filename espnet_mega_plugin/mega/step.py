@@ -18,7 +18,7 @@ from torch import Tensor
 
 from espnet_mega_plugin.mega.block import softmax
 from espnet_mega_plugin.mega.ema import Coefficients
-from espnet_mega_plugin.mega.few_rows import linear
+from espnet_mega_plugin.mega.packed import PackedLayers
 from espnet_mega_plugin.mega.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Constants:
             self.ema: list[Coefficients] = [
                 block.multihead_damped_ema.coefficients() for block, _ in network.mega_blocks
             ]
+        self.linear = PackedLayers(network)
         self._distances = 0
         self._bias = None
 
@@ -80,15 +81,16 @@ def step(
     x = network.embed(labels)
     fresh = Fresh([], [], [])
     for b, (block, feed_forward) in enumerate(network.mega_blocks):
-        x = _block(block, constants.ema[b], b, x, padding, past, fresh)
-        x = feed_forward.extend(x, linear)
+        x = _block(block, constants, b, x, padding, past, fresh)
+        x = feed_forward.extend(x, constants.linear)
     return network.final_norm(x), fresh
 
 
-def _block(block, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
+def _block(block, constants: Constants, b: int, x: Tensor, padding: Tensor | None, past: Past, fresh: Fresh):
+    linear = constants.linear
     entered = block.enter(x)
     value = block.activation(linear(block.proj_v, entered))
-    averaged = _average(block.multihead_damped_ema, coefficients, b, entered, padding, past, fresh)
+    averaged = _average(block.multihead_damped_ema, constants.ema[b], b, entered, padding, past, fresh)
     update, query, key, r, intermediate = block.gates(averaged, linear)
     attended = _attend(query * block.scaling, key, value, past.shared[b], past.own[b], past.bias[b])
     fresh.keys_values.append(torch.cat([key, value.to(key.dtype)], 1))
