@@ -24,6 +24,7 @@ class Row:
 
 class Table:
     FIRST = 64  # rows a table starts with
+    KEPT = 2048  # rows an empty table keeps for the next utterance: twice what a decoder remembers
 
     def __init__(self, *shapes: tuple[int, tuple[int, ...], torch.dtype], device: torch.device):
         """
@@ -50,7 +51,7 @@ class Table:
 
     def shrink(self) -> None:
         """Give the memory back where no row is lent and a long utterance made it large."""
-        if self.lent == 0 and self.size > 8 * self.FIRST:
+        if self.lent == 0 and self.size > self.KEPT:
             self.tensors, self.size, self.free = [], 0, []
 
     @torch.no_grad()
