@@ -11,6 +11,7 @@ extended by that label with these weights; all others are evaluated in one flat 
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -92,6 +93,7 @@ class PrefixMemory:
             self._recent: OrderedDict[Prefix, None] = OrderedDict()
             self._root: Prefix | None = None
             self._shared: tuple[Prefix | None, np.ndarray, Tensor | None] = (None, NO_ROWS, None)
+            self._own = torch.empty(0)
             if self._tables is not None:
                 self._tables.labels.shrink()
                 self._tables.ends.shrink()
@@ -262,7 +264,7 @@ class PrefixMemory:
         blocks, B = network.num_blocks, len(rows)
         if T:
             index = torch.from_numpy(own).to(tables.device, non_blocking=True).flatten()
-            gathered = of_labels[0].index_select(1, index).view(blocks, B, T, -1)
+            gathered = self._gathered(of_labels[0], index).view(blocks, B, T, -1)
         else:
             gathered = bias.new_empty(blocks, B, 0, 0)
         shared = self._gathered_once(prefixes[0], rows[0][:P]) if P else bias.new_empty(blocks, 0, 0)
@@ -285,6 +287,15 @@ class PrefixMemory:
         # The prefix is held so that none of its rows can be lent to another label while the buffer counts on them
         self._shared = (prefix, rows, buffer)
         return buffer[:, : len(rows)]
+
+    def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
+        """The rows of an index, in a buffer that the next call fills anew: 75 MB of fresh memory cost more to map than
+        to fill."""
+        shape = rows.shape[0], len(index), rows.shape[2]
+        if self._own.numel() < math.prod(shape) or self._own.dtype != rows.dtype or self._own.device != rows.device:
+            with torch.inference_mode(False):
+                self._own = rows.new_empty(2 * math.prod(shape))
+        return torch.index_select(rows, 1, index, out=self._own[: math.prod(shape)].view(shape))
 
     def _ema(self, prefixes: list[Prefix]) -> Tensor:
         ends = self._tables.ends

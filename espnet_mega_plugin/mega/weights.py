@@ -6,7 +6,7 @@ behind a parameter, another parameter, another submodule. Not seen is a write be
 
 from __future__ import annotations
 
-import operator
+from itertools import chain
 
 import torch
 from torch import nn
@@ -16,11 +16,12 @@ class Weights:
     """A walk over a network's modules takes 0.25 ms for four blocks; this one is repeated only if a module changed."""
 
     def __init__(self):
-        self._entries: list[tuple[dict, tuple]] = []  # each module's own dicts, and what was in them
+        self._modules: list[dict] = []  # each module's own dicts of submodules and parameters
+        self._entries: list[int] = []  # which objects were in them
         self._parameters: list[nn.Parameter] = []
 
     def now(self, network: nn.Module) -> tuple:
-        if not self._entries or any(map(_changed, self._entries)):
+        if not self._modules or self._entries != self._objects():
             self._walk(network)
         weight = self._parameters[0]
         autocast = torch.is_autocast_enabled(weight.device.type)
@@ -33,17 +34,15 @@ class Weights:
         )
 
     def _walk(self, network: nn.Module) -> None:
-        dicts = [d for m in network.modules() for d in (m._modules, m._parameters)]
-        self._entries = [(held, tuple(held.values())) for held in dicts if held]
+        self._modules = [held for m in network.modules() for held in (m._modules, m._parameters) if held]
         self._parameters = list(network.parameters())
+        self._entries = self._objects()
+
+    def _objects(self) -> list[int]:
+        return [*map(id, chain.from_iterable(map(dict.values, self._modules)))]
 
     def _versions(self) -> int:
         try:
             return sum([p._version for p in self._parameters])
         except RuntimeError:  # tensors made in inference mode have none
             return sum(p._version for p in self._parameters if not p.is_inference())
-
-
-def _changed(entry: tuple[dict, tuple]) -> bool:
-    held, was = entry
-    return len(held) != len(was) or any(map(operator.is_not, held.values(), was))
