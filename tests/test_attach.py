@@ -264,13 +264,15 @@ def test_off_is_espnet_as_it_is(tmp_path):
     (tmp_path / "which.py").write_text(WHICH)
     (tmp_path / "hooks.py").write_text("import torch, sys; print([type(f).__module__ for f in sys.meta_path])")
     off = {"cwd": tmp_path, "ESPNET_MEGA_PLUGIN": "0"}
-    espnet = start("-c", "from which import which; print(which)", **off)
+    model = "from espnet2.tasks.asr_transducer import ESPnetASRTransducerModel as m; print('model', m.__module__)"
+    espnet = start("-c", f"from which import which; print(which); {model}", **off)
     for command in (["hooks.py"], ["-m", "espnet_mega_plugin.run", "hooks"]):
         out, err = python(*command, **off)
         assert out.startswith("[") and "espnet_mega_plugin" not in out
     assert err == "espnet_mega_plugin is off by ESPNET_MEGA_PLUGIN=0; hooks runs as it is.\n"
     out, _ = finish(espnet)
     assert f"mega {THEIRS}" in out and "mega_espnet" not in out and "loss None" in out
+    assert "model espnet2.asr_transducer.espnet_transducer_model" in out
 
 
 @pytest.mark.slow
