@@ -153,7 +153,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         as autograd sees it; one behind its back, through `.data`, is not.) Safe to call from several threads.
         """
         out, extended = self._extended([states], [self._last(label_sequence)])
-        return out, PrefixState(tuple(extended), False, self._built)
+        return out, PrefixState(tuple(extended), self._built)
 
     @torch.no_grad()
     def batch_score(self, hyps: Sequence[Any]) -> tuple[Tensor, Documented]:
@@ -169,7 +169,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if not hyps:
             return self.embed.weight.new_zeros(0, self.output_size), self.create_batch_states([])
         out, extended = self._extended([hyp.dec_state for hyp in hyps], [self._last(hyp.yseq) for hyp in hyps])
-        return out, PrefixState(tuple(extended), True, self._built)
+        return out, PrefixState(tuple(extended), self._built_batch)
 
     def init_state(self, batch_size: int = 0) -> Documented:
         """State before the first label: on the parameters' device, in their dtype.
@@ -183,7 +183,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             raise ValueError(f"batch_size must be 0 or more; got {batch_size}.")
         if batch_size > 1:
             return self._documented(self.empty_memory(batch_size))
-        return PrefixState((self.prefixes.root(self),), False, self._built_first)
+        return PrefixState((self.prefixes.root(self),), self._built_first)
 
     def select_state(self, states: Documented, idx: int) -> Documented:
         """State of one hypothesis of a batched state, which does not keep the others' memory alive.
@@ -197,7 +197,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if not 0 <= idx < count:
             raise ValueError(f"idx must be 0 to {count - 1}, a hypothesis of the states; got {idx}.")
         if prefixes is not None:
-            return PrefixState((prefixes[idx],), False, self._built)
+            return PrefixState((prefixes[idx],), self._built)
         position = torch.tensor(memory.positions[idx])
         W = memory.padding.shape[1]
         first = W - min(W, self.attended_labels(memory.positions[idx]))
@@ -235,7 +235,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             return self._documented(self.empty_memory(0))
         prefixes = [getattr(states, "prefixes", None) for states in new_states]
         if all(one is not None and len(one) == 1 for one in prefixes):
-            return PrefixState(tuple(one for (one,) in prefixes), True, self._built)
+            return PrefixState(tuple(one for (one,) in prefixes), self._built_batch)
         singles = [self._completed(states) for states in new_states]
         ranks = {"ema_state": 2, "prev_pad": 1, "prev_input": 2}
         batched = []
@@ -335,13 +335,14 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         return self.prefixes.adopt(self, memory)
 
     def _built(self, prefixes: tuple[Prefix, ...]) -> Documented:
-        """The documented dicts of a state: one hypothesis without, several with a dimension for the batch."""
-        singles = []
-        for prefix in prefixes:
-            states = self._documented(self.prefixes.memory(prefix, self))
-            position = torch.tensor(prefix.length)
-            singles.append([{**{k: v[0] for k, v in one.items()}, "position": position} for one in states])
-        return singles[0] if len(singles) == 1 else self.create_batch_states(singles)
+        """The documented dicts of one hypothesis' state."""
+        (prefix,) = prefixes
+        states = self._documented(self.prefixes.memory(prefix, self))
+        return [{name: tensor[0] for name, tensor in state.items()} for state in states]
+
+    def _built_batch(self, prefixes: tuple[Prefix, ...]) -> Documented:
+        """The documented dicts of a batched state."""
+        return self.create_batch_states([self._built((prefix,)) for prefix in prefixes])
 
     def _built_first(self, _: tuple[Prefix, ...]) -> Documented:
         """The state before the first label in the shapes ESPnet documents."""

@@ -376,7 +376,9 @@ def test_a_state_is_a_list_to_whoever_looks(seed):
     assert isinstance(batch, PrefixState) and isinstance(batch, list)
     assert len(batch) == SMALL["num_blocks"] and [type(block) for block in batch] == [dict] * 2
     assert batch[0]["prev_key"].shape == (2, 2, 6) and batch[-1]["position"].tolist() == [2, 2]
-    _, again = model.score([0, 1], state)
+    for one in (model.batch_score([Hypothesis(0.0, [0], model.init_state(1))])[1], model.create_batch_states([state])):
+        assert one[0]["ema_state"].shape == (1, 12, 2) and one[0]["prev_key"].shape == (1, 1, 6)  # a batch of one
+    _, again = model.score([0, 1], model.init_state(1))
     assert type(pickle.loads(pickle.dumps(again))) is list
     assert "ema_state" in repr(again) and again == again.copy()
 

@@ -34,7 +34,7 @@ class PackedLayers:
             if weight.device.type == "cpu" and weight.dtype == torch.float32:
                 try:
                     self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-                except (RuntimeError, NotImplementedError):  # a processor oneDNN has no layout for
+                except RuntimeError:  # a processor oneDNN has no layout for
                     return
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:

@@ -15,16 +15,14 @@ from espnet_mega_plugin.mega.state import Documented
 
 
 class PrefixState(list):
-    def __init__(self, prefixes: tuple[Prefix, ...], batched: bool, build: Callable[[tuple[Prefix, ...]], Documented]):
+    def __init__(self, prefixes: tuple[Prefix, ...], build: Callable[[tuple[Prefix, ...]], Documented]):
         """
         Args:
             prefixes: one for each hypothesis.
-            batched: whether it is a batch's state (of one, maybe).
             build: makes the documented dicts of the prefixes.
         """
         super().__init__()
         self._prefixes: tuple[Prefix, ...] | None = prefixes
-        self.batched = batched
         self._build = build
 
     @property

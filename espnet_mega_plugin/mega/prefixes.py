@@ -126,7 +126,7 @@ class PrefixMemory:
             count = max(attended, 0 if inputs is None else inputs.shape[1])
             rows, (end,) = tables.labels.lend(count), tables.ends.lend(1)
             prefix = Prefix(tables, end, length, tuple(rows), attended)
-            prefix.rows = indices = _indices(rows)
+            indices = _indices(rows)
             prefix.rows = indices[count - attended :]
             padded = memory.padding[0, memory.padding.shape[1] - attended :].cpu().numpy()
             prefix.padded = padded if padded.any() else None
