@@ -1,0 +1,1 @@
+"""Batched transducer search. It knows a decoder by `scorer.py` alone; torch only."""

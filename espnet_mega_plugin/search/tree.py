@@ -1,0 +1,251 @@
+"""The label prefixes a batched search has in hand, as tensors: one tree for each utterance.
+
+B utterances, N nodes and M leaves an utterance has room for, C prefixes asked for at once.
+
+Equal label sequences are one node: `find` looks a prefix up by its parent and last label before a new one is made. So
+two hypotheses have the same labels where they have the same node, and what a scorer keeps of a prefix is there once.
+
+Nodes and leaves are handed out in order. When the room is used up, `compact` moves what hypotheses still need to the
+front (their ancestors for the nodes, they themselves for the leaves) and tells the scorers. That is the only place
+that needs to know how many there are; on a GPU it is a wait for the device, once in many frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.search.scorer import LabelScorer, Rows
+
+START = 0  # node of the start label
+
+
+class LabelTree:
+    def __init__(self, utterances: int, device: torch.device, scorers: Sequence[LabelScorer], reach: int | None = None):
+        """
+        Args:
+            reach: how many labels back a scorer still looks at nodes; None: all.
+        """
+        self.device, self.scorers, self.reach = device, scorers, reach
+        self.utterances, self.nodes, self.leaves = utterances, 0, 0
+        self.used_nodes = self.used_leaves = 0  # the most any utterance has taken, or more: known without asking
+        # Fixed shapes: rows are never picked out by a mask, because their number would have to be read from the device
+        self.fixed_shapes = device.type != "cpu"
+        empty = torch.zeros(utterances, 0, dtype=torch.long, device=device)
+        self.parent, self.label, self.depth, self.leaf, self.owner = (empty.clone() for _ in range(5))
+        self.lineage = torch.zeros(utterances, 0, 0, dtype=torch.bool, device=device)  # [b, i, j]: j is i or above it
+        self.node_count = torch.zeros(utterances, dtype=torch.long, device=device)
+        self.leaf_count = torch.zeros(utterances, dtype=torch.long, device=device)
+        self._place = torch.arange(utterances, device=device)[:, None]
+
+    @property
+    def spare(self) -> int:
+        """The last place is never handed out where rows that are not valid have to be written somewhere (`put`)."""
+        return int(self.fixed_shapes)
+
+    def reserve(self, nodes: int, leaves: int) -> None:
+        """Make room for so many more nodes and leaves an utterance, whatever they are."""
+        need_nodes, need_leaves = self.used_nodes + nodes + self.spare, self.used_leaves + leaves + self.spare
+        if need_nodes > self.nodes or need_leaves > self.leaves:
+            self._grow(_doubled(self.nodes, need_nodes), _doubled(self.leaves, need_leaves))
+
+    def start(self, begin: Tensor) -> Rows:
+        """Forget everything of some utterances and give each its start.
+
+        Args:
+            begin: which. (B,) bool
+        """
+        self.reserve(1 if not self.used_nodes else 0, 1 if not self.used_leaves else 0)
+        self.used_nodes, self.used_leaves = max(1, self.used_nodes), max(1, self.used_leaves)
+        mask = begin[:, None]
+        for tensor, value in ((self.parent, -2), (self.label, 0), (self.depth, 0), (self.leaf, -1), (self.owner, -1)):
+            tensor.masked_fill_(mask, value)
+        self.parent[:, START] = -1
+        self.lineage.masked_fill_(mask[..., None], False)
+        self.lineage[:, START, START] = True
+        self.leaf[:, START] = torch.where(begin, 0, self.leaf[:, START])
+        self.owner[:, 0] = torch.where(begin, START, self.owner[:, 0])
+        self.node_count.masked_fill_(begin, 1)
+        self.leaf_count.masked_fill_(begin, 1)
+        here = self._place[:, 0]
+        none, zero = torch.full_like(here, -1), torch.zeros_like(here)
+        if self.fixed_shapes:
+            return Rows(here, zero, zero, none, none, zero, begin)
+        here = here[begin]
+        none, zero = none[: len(here)], zero[: len(here)]
+        return Rows(here, zero, zero, none, none, zero)
+
+    def find(self, parent: Tensor, label: Tensor) -> Tensor:
+        """The node of each prefix, -1 where there is none. (B, C), (B, C) -> (B, C)"""
+        n = self.used_nodes
+        same = (self.parent[:, None, :n] == parent[..., None]) & (self.label[:, None, :n] == label[..., None])
+        # the start has parent -1, as has no prefix in question; places not in use have parent -2
+        found, node = same.max(-1)
+        return torch.where(found & (parent >= 0), node, -1)
+
+    def add(self, wanted: Tensor, parent: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Rows]:
+        """Give prefixes a node and a leaf.
+
+        The caller has reserved C nodes and leaves, or as many as are wanted of an utterance.
+
+        Args:
+            wanted: false where there is nothing. (B, C) bool
+            parent, label: the prefix; no two wanted ones of an utterance are the same. (B, C)
+            known: what `find` gave for it. (B, C)
+
+        Returns:
+            node: of each prefix; any number where it is not wanted. (B, C)
+            rows: those that have to be scored, because they are new or their leaf was given up.
+        """
+        B, C = wanted.shape
+        new = wanted & (known < 0)
+        node = torch.where(new, self.node_count[:, None] + new.cumsum(1) - 1, known).clamp(min=0)
+        score = wanted & (new | (self.leaf.gather(1, known.clamp(min=0)) < 0))
+        leaf = (self.leaf_count[:, None] + score.cumsum(1) - 1).clamp(min=0)
+        if self.fixed_shapes:
+            self.used_nodes, self.used_leaves = self.used_nodes + C, self.used_leaves + C
+        else:
+            self.used_nodes = int((self.node_count + new.sum(1)).max())
+            self.used_leaves = int((self.leaf_count + score.sum(1)).max())
+        self.node_count += new.sum(1)
+        self.leaf_count += score.sum(1)
+
+        rows = self._rows(score, node, leaf, parent, label)
+        self._write(rows)
+        return node, rows
+
+    def _rows(self, score: Tensor, node: Tensor, leaf: Tensor, parent: Tensor, label: Tensor) -> Rows:
+        utterance = self._place.expand_as(node)
+        parent_leaf = self.leaf.gather(1, parent.clamp(min=0))
+        columns = (utterance, node, leaf, parent, parent_leaf, label)
+        if self.fixed_shapes:
+            return Rows(*(column.reshape(-1) for column in columns), score.reshape(-1))
+        return Rows(*(column[score] for column in columns))
+
+    def _write(self, rows: Rows) -> None:
+        b, i = rows.utterance, rows.node
+        for tensor, value in (
+            (self.parent, rows.parent),
+            (self.label, rows.label),
+            (self.depth, self.depth[b, rows.parent.clamp(min=0)] + 1),
+            (self.leaf, rows.leaf),
+        ):
+            put(tensor, b, i, value, rows.valid)
+        put(self.owner, b, rows.leaf, i, rows.valid)
+        lineage = self.lineage[b, rows.parent.clamp(min=0)]
+        lineage[torch.arange(len(i), device=self.device), i] = True
+        put(self.lineage, b, i, lineage, rows.valid)
+
+    # --- room -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, nodes: int, leaves: int, live: Tensor, wanted: Tensor) -> Tensor:
+        """Room for so many more of both, by giving up what is needed no more, or by growing.
+
+        Args:
+            live: nodes of the hypotheses in hand. (B, H)
+            wanted: false where there is none. (B, H) bool
+
+        Returns:
+            live: the same nodes by their new numbers. (B, H)
+        """
+        if self.used_nodes + nodes + self.spare > self.nodes:
+            live = self._compact_nodes(live, wanted)
+            # a third of the room stays free, so that moving is rare
+            self.reserve(max(nodes, self.used_nodes // 2), 0)
+        if self.used_leaves + leaves + self.spare > self.leaves:
+            self._compact_leaves(live, wanted)
+            self.reserve(0, max(leaves, self.used_leaves))
+        return live
+
+    def _compact_nodes(self, live: Tensor, wanted: Tensor) -> Tensor:
+        index = live.clamp(min=0)
+        lines = self.lineage.gather(1, index[..., None].expand(-1, -1, self.nodes)) & wanted[..., None]
+        if self.reach is not None:
+            depth = self.depth.gather(1, index)
+            shallowest = depth.masked_fill(~wanted, torch.iinfo(depth.dtype).max).amin(1)
+            # from the shallowest hypothesis on all are kept, or a prefix of another one would be made a second time
+            first = torch.minimum(depth + 1 - self.reach, shallowest[:, None])
+            lines &= self.depth[:, None] >= first[..., None]
+        keep = lines.any(1)
+        keep[:, START] = True
+        used = int(keep.sum(1).max())  # waits for a GPU
+        kept, old_to_new = _order(keep, used)
+        free = torch.arange(used, device=self.device) >= keep.sum(1, keepdim=True)
+
+        def moved(tensor: Tensor, nothing: int) -> Tensor:
+            out = torch.full_like(tensor, nothing)
+            out[:, :used] = tensor.gather(1, kept).masked_fill(free, nothing)
+            return out
+
+        parent = self.parent.gather(1, kept)
+        new_parent = torch.where(parent >= 0, old_to_new.gather(1, parent.clamp(min=0)), parent)
+        self.parent = torch.full_like(self.parent, -2)
+        self.parent[:, :used] = new_parent.masked_fill(free, -2)
+        self.label, self.depth = moved(self.label, 0), moved(self.depth, 0)
+        self.leaf = moved(self.leaf, -1)
+        lineage = torch.zeros_like(self.lineage)
+        rows = self.lineage.gather(1, kept[..., None].expand(-1, -1, self.nodes))
+        lineage[:, :used, :used] = rows.gather(2, kept[:, None].expand(-1, used, -1)) & ~(free[..., None] | free[:, None])
+        self.lineage = lineage
+        owner = self.owner.clamp(min=0)
+        owned = (self.owner >= 0) & keep.gather(1, owner)
+        self.owner = torch.where(owned, old_to_new.gather(1, owner), -1)
+        self.node_count = keep.sum(1)
+        self.used_nodes = used
+        for scorer in self.scorers:
+            scorer.move_nodes(kept)
+        return torch.where(wanted, old_to_new.gather(1, index), live)
+
+    def _compact_leaves(self, live: Tensor, wanted: Tensor) -> None:
+        leaf = self.leaf.gather(1, live.clamp(min=0))
+        keep = torch.zeros(self.utterances, self.leaves + 1, dtype=torch.bool, device=self.device)
+        keep.scatter_(1, torch.where(wanted & (leaf >= 0), leaf, self.leaves), True)
+        keep = keep[:, :-1]
+        used = max(1, int(keep.sum(1).max()))  # waits for a GPU
+        kept, _ = _order(keep, used)
+        free = torch.arange(used, device=self.device) >= keep.sum(1, keepdim=True)
+        owner = torch.full_like(self.owner, -1)
+        owner[:, :used] = self.owner.gather(1, kept).masked_fill(free, -1)
+        self.owner = owner
+        self.leaf.fill_(-1)
+        # -1 would be the last node: those without an owner write to a place more, which is cut off
+        target = torch.where(owner >= 0, owner, self.nodes)
+        leaf = torch.nn.functional.pad(self.leaf, (0, 1), value=-1)
+        leaf.scatter_(1, target, torch.arange(self.leaves, device=self.device).expand_as(target))
+        self.leaf = leaf[:, :-1].contiguous()
+        self.leaf_count = keep.sum(1)
+        self.used_leaves = used
+        for scorer in self.scorers:
+            scorer.move_leaves(kept)
+
+    def _grow(self, nodes: int, leaves: int) -> None:
+        more_nodes, more_leaves = nodes - self.nodes, leaves - self.leaves
+        pad = torch.nn.functional.pad
+        self.parent = pad(self.parent, (0, more_nodes), value=-2)
+        self.label, self.depth = pad(self.label, (0, more_nodes)), pad(self.depth, (0, more_nodes))
+        self.leaf = pad(self.leaf, (0, more_nodes), value=-1)
+        self.owner = pad(self.owner, (0, more_leaves), value=-1)
+        self.lineage = pad(self.lineage, (0, more_nodes, 0, more_nodes))
+        self.nodes, self.leaves = nodes, leaves
+        for scorer in self.scorers:
+            scorer.reserve(self.utterances, nodes, leaves)
+
+
+def put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: Tensor | None) -> None:
+    """tensor[utterance, place] = value, in place; where `valid` is false nothing is written."""
+    if valid is not None:
+        # What is not valid writes to its utterance's last place, which `LabelTree` never hands out there
+        place = torch.where(valid, place, tensor.shape[1] - 1)
+    tensor[utterance, place] = value.to(tensor.dtype)
+
+
+def _doubled(now: int, need: int) -> int:
+    return now if need <= now else max(need, 2 * now, 16)
+
+
+def _order(keep: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """Where the kept ones were, in order, and where each goes. (B, N) bool -> (B, used), (B, N)"""
+    kept = torch.argsort(~keep, dim=1, stable=True)[:, :used]
+    return kept, (keep.cumsum(1) - 1).clamp(min=0)
