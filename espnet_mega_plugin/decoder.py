@@ -14,6 +14,7 @@ from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
 from torch import Tensor
 
 from espnet_mega_plugin.mega.network import MegaNetwork
+from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
@@ -250,6 +251,11 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
                 state[name] = stack_right([_single(one[name], ranks[name]) for one in block])
             batched.append(state)
         return batched
+
+    def label_scorer(self) -> MegaPool:
+        """What the batched search (`espnet_mega_plugin.search`) scores label prefixes with, with the weights as they
+        are now."""
+        return MegaPool(self, self.prefixes.constants(self))
 
     # -- between the documented states and the network's memory
 

@@ -110,6 +110,12 @@ class PrefixMemory:
                 self._root = Prefix(tables, None, 0, (), 0)
             return self._root
 
+    def constants(self, network: MegaNetwork) -> Constants:
+        """What the weights as they are now mean for a step."""
+        with self._lock:
+            self._fitting(network)
+            return self._constants_of(network)
+
     def fits(self, prefix: Prefix, network: MegaNetwork) -> bool:
         """Whether a prefix' rows are where the network's parameters are now."""
         with self._lock:

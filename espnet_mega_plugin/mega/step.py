@@ -34,6 +34,10 @@ class Past(NamedTuple):
     own: Tensor  # keys | values each sees of its own. (blocks, B, T, S + E)
     bias: Tensor  # position bias; -inf where a hypothesis does not see a label. (blocks, B, P + T + 1)
 
+    def attend(self, b: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What block b's attention gives for the new labels. (B, S), (B, S), (B, E) -> (B, E)"""
+        return _attend(query, key, value, self.shared[b], self.own[b], self.bias[b])
+
 
 class Fresh(NamedTuple):
     """What the new labels leave behind; one entry a block."""
@@ -72,7 +76,7 @@ def step(
     Args:
         labels: the new label of each. (B,) int64
         padding: true where it is padding; None where none is. (B,) bool
-        past: what they go on from; not modified.
+        past: what they go on from; not modified. Another form of it is a pool's (`pool.py`).
 
     Returns:
         out: decoder output. (B, D)
@@ -92,7 +96,7 @@ def _block(block, constants: Constants, b: int, x: Tensor, padding: Tensor | Non
     value = block.activation(linear(block.proj_v, entered))
     averaged = _average(block.multihead_damped_ema, constants.ema[b], b, entered, padding, past, fresh)
     update, query, key, r, intermediate = block.gates(averaged, linear)
-    attended = _attend(query * block.scaling, key, value, past.shared[b], past.own[b], past.bias[b])
+    attended = past.attend(b, query * block.scaling, key, value)
     fresh.keys_values.append(torch.cat([key, value.to(key.dtype)], 1))
     return block.leave(x, update, block.activation(intermediate + linear(block.proj_h, attended * r)))
 

@@ -51,6 +51,20 @@ class LabelTree:
         if need_nodes > self.nodes or need_leaves > self.leaves:
             self._grow(_doubled(self.nodes, need_nodes), _doubled(self.leaves, need_leaves))
 
+    def widen(self, utterances: int) -> None:
+        """More utterances side by side; they have nothing until `start`."""
+        more = utterances - self.utterances
+        pad = torch.nn.functional.pad
+        self.parent, self.label, self.depth, self.leaf, self.owner = (
+            pad(t, (0, 0, 0, more)) for t in (self.parent, self.label, self.depth, self.leaf, self.owner)
+        )
+        self.lineage = pad(self.lineage, (0, 0, 0, 0, 0, more))
+        self.node_count, self.leaf_count = pad(self.node_count, (0, more)), pad(self.leaf_count, (0, more))
+        self.utterances = utterances
+        self._place = torch.arange(utterances, device=self.device)[:, None]
+        for scorer in self.scorers:
+            scorer.reserve(utterances, self.nodes, self.leaves)
+
     def start(self, begin: Tensor) -> Rows:
         """Forget everything of some utterances and give each its start.
 

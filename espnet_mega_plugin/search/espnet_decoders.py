@@ -1,0 +1,5 @@
+"""ESPnet's prediction networks as label scorers."""
+
+
+def scorer_of(decoder):
+    return decoder.label_scorer()

@@ -1,0 +1,247 @@
+"""Modified adaptive expansion search (mAES), exact, for a batch of utterances that each go at their own pace.
+
+The algorithm (Kim et al. 2020, "Accelerating RNN transducer inference via adaptive expansion search", and ESPnet's
+`modified_adaptive_expansion_search`): at each frame, up to `nstep` times, a hypothesis may end the frame with blank or
+take a label, whichever of its `beam_size + expansion_beta` most probable tokens lie within `expansion_gamma` of the
+best; after the last time blank is forced. Equal label sequences are summed, and the `beam_size` best go on.
+
+Three things make it fast and change nothing but rounding:
+
+1. *Window.* Frames at which every hypothesis has blank alone within gamma only add blank's log-probability. The next W
+   frames are looked at together, and all such frames up to the first other one are done at once.
+2. *Each prefix once.* Prefixes are nodes of a tree; one that is there is not scored again.
+3. *Bound.* Of the sequences that have ended the frame, let the beam-th best have log-probability s, and m = s -
+   log(nstep + 1). A label below m cannot lead to anything that enters the beam: all paths through it end below m,
+   there are at most nstep + 1 of them for one sequence, and s only rises. It may only not be dropped if it could add
+   to a sequence that does enter: one that it is a prefix of, or that is a prefix of it.
+
+B utterances, H hypotheses, C candidates, K tokens a hypothesis may take, W frames, V tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.search.beam import Hypotheses, at_start, best, joined, merged, packed
+from espnet_mega_plugin.search.frames import Frames
+from espnet_mega_plugin.search.hypotheses import Traces
+from espnet_mega_plugin.search.joint import Joint
+from espnet_mega_plugin.search.predictions import Predictions
+from espnet_mega_plugin.search.tree import LabelTree
+
+ROUNDING = 1e-4  # nats the bound leaves for float32 sums
+
+
+class Maes:
+    """One search over a batch; `advance` goes on as far as the frames reach."""
+
+    def __init__(
+        self,
+        joint: Joint,
+        predictions: Predictions,
+        tree: LabelTree,
+        frames: Frames,
+        beam_size: int,
+        nstep: int,
+        expansion_gamma: float,
+        expansion_beta: int,
+        window: int,
+    ):
+        self.joint, self.predictions, self.tree, self.frames = joint, predictions, tree, frames
+        self.beam_size, self.nstep, self.gamma, self.window = beam_size, nstep, expansion_gamma, window
+        self.tokens = beam_size + expansion_beta
+        # With fixed shapes: labels taken at once by an utterance. More than these would have to pass the bound
+        self.most = beam_size * self.tokens if tree.fixed_shapes else None
+        self.traces = Traces(tree.utterances, tree.device)
+        self.hypotheses = at_start(tree.utterances, tree.device)
+        self._utterance = torch.arange(tree.utterances, device=tree.device)[:, None]
+
+    def start(self, begin: Tensor) -> None:
+        """Some utterances begin. (B,) bool"""
+        self.predictions.extend(self.tree.start(begin), self.tree)
+        self.hypotheses = at_start(len(begin), begin.device).where(begin, self.hypotheses)
+
+    def widen(self, utterances: int) -> None:
+        """More utterances side by side; `start` them before use."""
+        old = self.hypotheses
+        self.tree.widen(utterances)
+        self.traces.widen(utterances)
+        self._utterance = torch.arange(utterances, device=self.tree.device)[:, None]
+        more = utterances - old.score.shape[0]
+        self.hypotheses = Hypotheses(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in old))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Go through all frames there are."""
+        check = 8 if self.tree.fixed_shapes else 1  # asking a GPU whether all is done means waiting for it
+        rounds = 0
+        while rounds % check or bool(self.frames.left.any()):
+            self._round()
+            rounds += 1
+
+    def _round(self) -> None:
+        busy, logits = self._skip_blank_frames()
+        if not self.tree.fixed_shapes and not bool(busy.any()):
+            return
+        live = self._make_room()
+        self.hypotheses = live
+        ended = self._expand(live, busy, logits)
+        self.hypotheses = best(merged(ended), self.beam_size).where(busy, self.hypotheses)
+        self.frames.at += busy
+
+    def _make_room(self) -> Hypotheses:
+        most = self.most * self.nstep if self.most is not None else 2 * self.tokens
+        live = self.hypotheses
+        return live._replace(node=self.tree.make_room(most, most, live.node, live.there))
+
+    # --- frames with nothing but blank ---------------------------------------------------------------------------------
+
+    def _skip_blank_frames(self) -> tuple[Tensor, Tensor]:
+        """Go on to the first frame at which a label may be taken.
+
+        Returns:
+            busy: utterances that have such a frame within the window. (B,) bool
+            logits: at that frame, of the hypotheses that are there, those of busy utterances, in order. (R, V);
+                with fixed shapes of all places. (B * H, V)
+        """
+        frames, hypotheses = self.frames, self.hypotheses
+        ahead, in_time = frames.ahead(self.window)
+        there = in_time[:, :, None] & hypotheses.there[:, None]  # (B, W, H)
+        pairs = ahead[:, :, None] + self._projected(hypotheses.node)[:, None]  # (B, W, H, J)
+        logits = self.joint(pairs.flatten(0, 2) if self.tree.fixed_shapes else pairs[there])
+        normalizer, blank, label = logits.logsumexp(-1), logits[:, 0], logits[:, 1:].amax(-1)
+        quiet = blank >= label if self.tokens == 1 else (label < blank - self.gamma)
+        quiet, blank = self._unpacked(quiet, there, True), self._unpacked((blank - normalizer).double(), there, 0.0)
+
+        passed = (quiet.all(-1) & in_time).cumprod(1).bool()  # (B, W)
+        blank = torch.where(passed[..., None], blank, 0.0).sum(1)
+        self.hypotheses = hypotheses._replace(score=hypotheses.score + blank)
+        number = passed.sum(1)
+        frames.at += number
+        busy = (number < self.window) & frames.left
+        row = self._unpacked(torch.arange(len(logits), device=logits.device), there, 0)
+        row = row.gather(1, number.clamp(max=self.window - 1)[:, None, None].expand(-1, 1, row.shape[2]))[:, 0]
+        if not self.tree.fixed_shapes:
+            row = row[hypotheses.there & busy[:, None]]
+        return busy, logits[row.flatten()]
+
+    def _projected(self, node: Tensor) -> Tensor:
+        """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
+        return self.predictions.projected[self._utterance, self.tree.leaf.gather(1, node).clamp(min=0)]
+
+    def _unpacked(self, rows: Tensor, there: Tensor, empty: float | bool | int) -> Tensor:
+        """One number a row, in the rows' places."""
+        if self.tree.fixed_shapes:
+            return torch.where(there, rows.view(there.shape), empty)
+        return torch.full(there.shape, empty, dtype=rows.dtype, device=rows.device).masked_scatter_(there, rows)
+
+    # --- a frame at which labels are taken -----------------------------------------------------------------------------
+
+    def _expand(self, hypotheses: Hypotheses, busy: Tensor, logits: Tensor) -> Hypotheses:
+        """One frame of some utterances.
+
+        Args:
+            hypotheses: at its beginning.
+            busy: which utterances. (B,) bool
+            logits: of their hypotheses at this frame, as `_skip_blank_frames` gives them.
+
+        Returns:
+            ended: all that have ended the frame, equal ones not summed.
+        """
+        ended = []
+        hypotheses = hypotheses._replace(there=hypotheses.there & busy[:, None])
+        for n in range(self.nstep):
+            by_blank, taken, label, logp = self._take(hypotheses, logits)
+            ended.append(by_blank)
+            taken, label, known, logp = self._drop_hopeless(joined(ended), taken, label, logp)
+            if taken.there.shape[1] == 0:
+                return joined(ended)
+            hypotheses = self._take_on(taken, label, known, logp)
+            frame = self.frames.ahead(1)[0]
+            pairs = frame + self._projected(hypotheses.node)
+            logits = self.joint(pairs.flatten(0, 1) if self.tree.fixed_shapes else pairs[hypotheses.there])
+        blank = self._unpacked((logits[:, 0] - logits.logsumexp(-1)).double(), hypotheses.there, 0.0)
+        return joined([*ended, hypotheses._replace(score=hypotheses.score + blank)])
+
+    def _take(self, hypotheses: Hypotheses, logits: Tensor) -> tuple[Hypotheses, Hypotheses, Tensor, Tensor]:
+        """What the hypotheses may do next.
+
+        Returns:
+            by_blank: those that end the frame. (B, H)
+            taken: those that take a label; `node` and `entry` are still those before it. (B, C)
+            label: which. (B, C)
+            logp: its log-probability, without fusion. (B, C)
+        """
+        there = hypotheses.there
+        (B, H), K = there.shape, self.tokens
+        value, token = (logits - logits.logsumexp(-1, keepdim=True)).topk(K, -1)
+        value = value.double()
+        if self.tree.fixed_shapes:
+            value, token = value.view(B, H, K), token.view(B, H, K)
+        else:
+            b, h = there.nonzero(as_tuple=True)
+            packed_value, packed_token = value, token
+            value = packed_value.new_full((B, H, K), -math.inf)
+            token = packed_token.new_zeros((B, H, K))
+            value[b, h], token[b, h] = packed_value, packed_token
+        score = hypotheses.score[..., None] + value
+        kept = there[..., None] & (score >= score[..., :1] - self.gamma)
+        is_blank = kept & (token == 0)
+        blank_score = torch.where(is_blank, score, 0.0).sum(-1)
+        by_blank = hypotheses._replace(score=blank_score, there=is_blank.any(-1))
+
+        kept = (kept & (token != 0)).flatten(1)
+        index = packed(kept, self.most, score.flatten(1))
+        if index is None:
+            index = torch.arange(H * K, device=kept.device).expand(B, -1)
+        label, logp = token.flatten(1).gather(1, index), value.flatten(1).gather(1, index)
+        source = index // K
+        taken = hypotheses.picked(source, kept.gather(1, index))
+        score = score.flatten(1).gather(1, index)
+        if self.predictions.bonus is not None:
+            leaf = self.tree.leaf.gather(1, taken.node).clamp(min=0)
+            score = score + self.predictions.bonus[self._utterance, leaf, label].double()
+        return by_blank, taken._replace(score=score), label, logp
+
+    def _drop_hopeless(
+        self, ended: Hypotheses, taken: Hypotheses, label: Tensor, logp: Tensor
+    ) -> tuple[Hypotheses, Tensor, Tensor, Tensor]:
+        """Leave out what the bound rules out (top of the file)."""
+        if taken.there.shape[1] == 0:
+            return taken, label, label, logp
+        tree = self.tree
+        known = torch.where(taken.there, tree.find(taken.node, label), -1)
+        final = best(merged(ended), self.beam_size)
+        if final.there.shape[1] >= self.beam_size:
+            full = final.there[:, self.beam_size - 1]
+            margin = math.log(self.nstep + 1) + ROUNDING + self.nstep * self.predictions.largest
+            least = torch.where(full, final.score[:, self.beam_size - 1] - margin, -math.inf)
+            good = taken.there & ~(taken.score < least[:, None])
+            kept = good
+            if self.tree.fixed_shapes or bool((taken.there & ~good).any()):
+                lineage = tree.lineage
+                above_ended = lineage[self._utterance[..., None], ended.node[:, None], known.clamp(min=0)[..., None]]
+                comparable = (above_ended & ended.there[:, None]).any(-1) & (known >= 0)
+                above = lineage[self._utterance[..., None], taken.node[..., None], known.clamp(min=0)[:, None]]
+                above = above & (known >= 0)[:, None]  # [c, d]: candidate d is a prefix of candidate c
+                comparable |= ((above | above.transpose(1, 2)) & good[:, None]).any(-1)
+                kept = good | (taken.there & comparable)
+            taken = taken._replace(there=kept)
+            index = None if self.tree.fixed_shapes else packed(kept)
+            if index is not None:
+                taken = taken.picked(index, kept.gather(1, index))
+                label, known, logp = label.gather(1, index), known.gather(1, index), logp.gather(1, index)
+        return taken, label, known, logp
+
+    def _take_on(self, taken: Hypotheses, label: Tensor, known: Tensor, logp: Tensor) -> Hypotheses:
+        """The hypotheses with their new labels; prefixes that are new are scored."""
+        tree, C = self.tree, label.shape[1]
+        tree.reserve(C, C)
+        node, rows = tree.add(taken.there, taken.node, label, known)
+        if len(rows.node):
+            self.predictions.extend(rows, tree)
+        entry = self.traces.add(taken.entry, label, self.frames.now()[:, None], logp)
+        return taken._replace(node=node, entry=entry)

@@ -1,0 +1,74 @@
+"""What is known of each prefix that may be extended: the prediction network's answer and what fusion adds.
+
+B utterances, M leaves, R new prefixes, J joint space, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from espnet_mega_plugin.search.joint import Joint
+from espnet_mega_plugin.search.scorer import Fusion, LabelScorer, Rows
+from espnet_mega_plugin.search.tree import LabelTree, put
+
+
+class Predictions:
+    """Several scorers as one; the tree of a search has this one alone."""
+
+    def __init__(self, decoder: LabelScorer, joint: Joint, fusion: Sequence[Fusion] = ()):
+        self._decoder, self._joint, self._fusion = decoder, joint, tuple(fusion)
+        self._scorers = [decoder, *(fused.scorer for fused in self._fusion)]
+        self._room = 0, 0
+        self.projected: Tensor | None = None  # of the decoder's output, into the joint space. (B, M, J)
+        self.bonus: Tensor | None = None  # weighted and summed over fusions; None without any. (B, M, V)
+
+    @property
+    def largest(self) -> float:
+        """The most that fusion can add to one label."""
+        return sum(fused.largest for fused in self._fusion)
+
+    def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
+        for scorer in self._scorers:
+            scorer.reserve(utterances, nodes, leaves)
+        self._room = utterances, leaves
+        if self.projected is not None:
+            self.projected = self._larger(self.projected)
+        if self.bonus is not None:
+            self.bonus = self._larger(self.bonus)
+
+    def extend(self, rows: Rows, tree: LabelTree) -> None:
+        projected = self._joint.prefixes(self._decoder.extend(rows, tree))
+        if self.projected is None:
+            self.projected = self._larger(projected.new_zeros(0, 0, projected.shape[-1]))
+        put(self.projected, rows.utterance, rows.leaf, projected, rows.valid)
+        if self._fusion:
+            bonus = sum(fused.weight * fused.scorer.extend(rows, tree).to(torch.float32) for fused in self._fusion)
+            if self.bonus is None:
+                self.bonus = self._larger(bonus.new_zeros(0, 0, bonus.shape[-1]))
+            put(self.bonus, rows.utterance, rows.leaf, bonus, rows.valid)
+
+    def final(self, utterance: Tensor, leaf: Tensor) -> Tensor | float:
+        """What fusion adds where an utterance ends. (R,), (R,) -> (R,)"""
+        with_final = [fused for fused in self._fusion if hasattr(fused.scorer, "final")]
+        return sum(fused.weight * fused.scorer.final(utterance, leaf).double() for fused in with_final)
+
+    def move_nodes(self, kept: Tensor) -> None:
+        for scorer in self._scorers:
+            scorer.move_nodes(kept)
+
+    def move_leaves(self, kept: Tensor) -> None:
+        for scorer in self._scorers:
+            scorer.move_leaves(kept)
+        utterance = torch.arange(kept.shape[0], device=kept.device)[:, None]
+        for table in (self.projected, self.bonus):
+            if table is not None:
+                table[: kept.shape[0], : kept.shape[1]] = table[utterance, kept]
+
+    def _larger(self, table: Tensor) -> Tensor:
+        B, M = self._room
+        larger = table.new_zeros(max(B, table.shape[0]), max(M, table.shape[1]), table.shape[2])
+        larger[: table.shape[0], : table.shape[1]] = table
+        return larger

@@ -1,0 +1,271 @@
+"""Transducer search for a batch of utterances, and for any number of streams.
+
+B utterances, T frames, D encoder size, V tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espnet_mega_plugin.search.frames import Frames
+from espnet_mega_plugin.search.hypotheses import Hypothesis
+from espnet_mega_plugin.search.joint import Joint
+from espnet_mega_plugin.search.maes import Maes
+from espnet_mega_plugin.search.predictions import Predictions
+from espnet_mega_plugin.search.scorer import Fusion, all_fusions
+from espnet_mega_plugin.search.tree import LabelTree
+
+SEARCH_TYPES = ("greedy", "maes", "tsd", "alsd")
+
+_log = logging.getLogger("espnet_mega_plugin")
+
+
+class BatchedSearch:
+    """N-best lists of whole batches; arguments have ESPnet's names and defaults (`BeamSearchTransducer`).
+
+    Each search gives what ESPnet's algorithm of the same name gives for each utterance alone, hypothesis by hypothesis
+    and score by score, wherever that is right (the README lists where it is not). `greedy` takes the best token, at
+    most `nstep` labels a frame: mAES with a beam of 1 and no more candidates.
+
+    Args:
+        decoder: the prediction network: the plugin's MEGA decoder or any of ESPnet's.
+        joint_network: ESPnet's.
+        beam_size: hypotheses that are kept.
+        search_type: greedy, maes, tsd or alsd.
+        max_sym_exp: tsd: one more than the labels a hypothesis may take at a frame.
+        u_max: alsd: most labels expected.
+        nstep: maes and greedy: labels a hypothesis may take at a frame.
+        expansion_gamma: maes: how much less probable than the best token (nats) another one may be.
+        expansion_beta: maes: tokens looked at beyond beam_size.
+        score_norm: order the n-best list by score over the number of labels, the start label counted.
+        nbest: length of the lists, at most.
+        fusion: language models, phrases ... that add to the labels' scores (`search/scorer.py`).
+        window: frames looked at together; changes nothing but the time.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value; the message names it and what is accepted.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        joint_network: nn.Module,
+        beam_size: int = 5,
+        search_type: str = "maes",
+        max_sym_exp: int = 3,
+        u_max: int = 50,
+        nstep: int = 2,
+        expansion_gamma: float = 2.3,
+        expansion_beta: int = 2,
+        score_norm: bool = False,
+        nbest: int = 1,
+        fusion: Fusion | Sequence[Fusion] | None = None,
+        window: int = 16,
+    ):
+        for name, value, least in (
+            ("beam_size", beam_size, 1),
+            ("max_sym_exp", max_sym_exp, 2),
+            ("u_max", u_max, 0),
+            ("nstep", nstep, 1),
+            ("expansion_beta", expansion_beta, 0),
+            ("nbest", nbest, 1),
+            ("window", window, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer; got {value!r}.")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}.")
+        if isinstance(expansion_gamma, bool) or not isinstance(expansion_gamma, (int, float)):
+            raise TypeError(f"expansion_gamma must be a number; got {expansion_gamma!r}.")
+        if not expansion_gamma >= 0:
+            raise ValueError(f"expansion_gamma must not be negative; got {expansion_gamma}.")
+        if search_type not in SEARCH_TYPES:
+            raise ValueError(f"search_type must be one of {', '.join(SEARCH_TYPES)}; got {search_type!r}.")
+        vocab_size = decoder.vocab_size
+        if search_type == "greedy":
+            beam_size, expansion_beta = 1, 0
+        tokens = beam_size + expansion_beta if search_type == "maes" else beam_size + (search_type != "greedy")
+        if tokens > vocab_size:
+            of = "beam_size + expansion_beta" if search_type == "maes" else "beam_size + 1 (blank)"
+            raise ValueError(
+                f"{of} is {tokens}, but the model has {vocab_size} tokens. Take a smaller beam_size."
+            )
+        self.decoder, self.joint_network = decoder, joint_network
+        self.beam_size, self.search_type, self.nbest, self.score_norm = beam_size, search_type, nbest, score_norm
+        self.max_sym_exp, self.u_max, self.window = max_sym_exp, u_max, window
+        self.nstep, self.expansion_gamma, self.expansion_beta = nstep, expansion_gamma, expansion_beta
+        self.fusion = all_fusions(fusion)
+        Joint(joint_network)  # refuses a joint network it cannot take apart
+
+    @torch.no_grad()
+    def __call__(self, encoder_out: Tensor, lengths: Tensor | None = None) -> list[list[Hypothesis]]:
+        """Search whole utterances.
+
+        Args:
+            encoder_out: encoder output; what is behind an utterance's length is not read. (B, T, D)
+            lengths: frames of each utterance; None: T. (B,) int
+
+        Returns:
+            n-best list of each utterance, best first; an empty list, and a warning, where its scores are not numbers.
+
+        Raises:
+            TypeError, ValueError: shapes or lengths do not fit.
+        """
+        lengths = _checked_lengths(encoder_out, lengths)
+        B = encoder_out.shape[0]
+        if B == 0:
+            return []
+        search = self._search(B, encoder_out.device)
+        search.start(torch.ones(B, dtype=torch.bool, device=encoder_out.device))
+        search.frames.set(search.joint.frames(encoder_out), lengths)
+        search.advance()
+        return self._nbest(search, range(B), final=True)
+
+    def streams(self) -> Streams:
+        """Utterances whose frames come in pieces.
+
+        Raises:
+            ValueError: alsd, which goes through an utterance by the length of its alignment, cannot do that.
+        """
+        if self.search_type == "alsd":
+            raise ValueError("search_type alsd needs the whole utterance: stream with greedy, maes or tsd.")
+        return Streams(self)
+
+    def _search(self, utterances: int, device: torch.device) -> Maes:
+        joint = Joint(self.joint_network)
+        from espnet_mega_plugin.search.espnet_decoders import scorer_of
+
+        scorer = scorer_of(self.decoder)
+        predictions = Predictions(scorer, joint, self.fusion)
+        reaches = [getattr(one, "reach", None) for one in (scorer, *(fused.scorer for fused in self.fusion))]
+        reach = None if None in reaches else max(reaches)
+        tree = LabelTree(utterances, device, [predictions], reach)
+        arguments = joint, predictions, tree, Frames(utterances, device)
+        return Maes(*arguments, self.beam_size, self.nstep, self.expansion_gamma, self.expansion_beta, self.window)
+
+    def _nbest(self, search: Any, utterances: Sequence[int], final: bool) -> list[list[Hypothesis]]:
+        score, node, entry, there = search.hypotheses
+        if final:
+            leaf = search.tree.leaf.gather(1, node).clamp(min=0)
+            utterance = torch.arange(len(score), device=score.device)[:, None].expand_as(leaf)
+            bonus = search.predictions.final(utterance.flatten(), leaf.flatten())
+            if isinstance(bonus, Tensor):
+                score = score + bonus.view_as(score)
+        score, entry, there = score.tolist(), entry.tolist(), there.tolist()
+        lists = []
+        for b in utterances:
+            live = [h for h, is_there in enumerate(there[b]) if is_there and not math.isnan(score[b][h])]
+            if not live:
+                _log.warning("A search found nothing: the scores of utterance %d of the batch are not numbers.", b)
+            hypotheses = search.traces.read(b, [score[b][h] for h in live], [entry[b][h] for h in live])
+            key: Callable[[Hypothesis], float] = lambda h: h.score / len(h.yseq) if self.score_norm else h.score
+            lists.append(sorted(hypotheses, key=key, reverse=True)[: self.nbest])
+        return lists
+
+
+class Streams:
+    """Any number of utterances at once, each going on as its frames come; made by `BatchedSearch.streams`.
+
+    What a stream gives is what the same search gives for all its frames at once. Weights must not change while streams
+    are open.
+    """
+
+    def __init__(self, search: BatchedSearch):
+        self._options, self._search = search, None
+        self._places: dict[int, int] = {}  # stream to place in the batch
+        self._next = 0
+
+    def __len__(self) -> int:
+        """Open streams."""
+        return len(self._places)
+
+    @torch.no_grad()
+    def open(self) -> int:
+        """Begin a stream; returns its number."""
+        if self._search is None:
+            self._search = self._options._search(1, next(self._options.decoder.parameters()).device)
+        search = self._search
+        utterances = search.tree.utterances
+        free = set(range(utterances)) - set(self._places.values())
+        if not free:
+            search.widen(2 * utterances)
+            free = {utterances}
+        place = min(free)
+        begin = torch.zeros(search.tree.utterances, dtype=torch.bool, device=search.tree.device)
+        begin[place] = True
+        search.frames.restart(begin)
+        search.start(begin)
+        stream, self._next = self._next, self._next + 1
+        self._places[stream] = place
+        return stream
+
+    @torch.no_grad()
+    def push(self, frames: Mapping[int, Tensor]) -> None:
+        """More frames of some streams, and the search as far as they reach.
+
+        Args:
+            frames: encoder output of each stream that has any. (T, D)
+
+        Raises:
+            KeyError: a stream that is not open.
+            ValueError, TypeError: frames of a wrong shape.
+        """
+        search = self._search
+        for stream, given in frames.items():
+            self._place(stream)
+            if not isinstance(given, Tensor) or not given.is_floating_point():
+                raise TypeError(f"frames of stream {stream} must be a floating-point tensor (T, D); got {given!r:.60}.")
+            if given.dim() != 2:
+                raise ValueError(f"frames of stream {stream} must be (T, D); got shape {tuple(given.shape)}.")
+        given = {self._places[stream]: piece for stream, piece in frames.items() if len(piece)}
+        if not given:
+            return
+        count = torch.zeros(search.tree.utterances, dtype=torch.long)
+        pieces = list(given.values())
+        size = pieces[0].shape[1]
+        batch = pieces[0].new_zeros(len(count), max(len(piece) for piece in pieces), size)
+        for place, piece in given.items():
+            if piece.shape[1] != size:
+                raise ValueError(f"frames of all streams must have one size; got {size} and {piece.shape[1]}.")
+            batch[place, : len(piece)] = piece
+            count[place] = len(piece)
+        search.frames.append(search.joint.frames(batch), count.to(batch.device))
+        search.advance()
+
+    def partial(self, stream: int) -> list[Hypothesis]:
+        """The n-best list so far, best first; a list of its own that later frames do not change."""
+        return self._options._nbest(self._search, [self._place(stream)], final=False)[0]
+
+    def close(self, stream: int) -> list[Hypothesis]:
+        """End a stream; its n-best list."""
+        place = self._place(stream)
+        del self._places[stream]
+        return self._options._nbest(self._search, [place], final=True)[0]
+
+    def _place(self, stream: int) -> int:
+        if stream not in self._places:
+            raise KeyError(f"stream {stream!r} is not open; open are {sorted(self._places)}.")
+        return self._places[stream]
+
+
+def _checked_lengths(encoder_out: Tensor, lengths: Tensor | None) -> Tensor:
+    if not isinstance(encoder_out, Tensor) or not encoder_out.is_floating_point():
+        raise TypeError(f"encoder_out must be a floating-point tensor (B, T, D); got {encoder_out!r:.60}.")
+    if encoder_out.dim() != 3:
+        raise ValueError(f"encoder_out must be (B, T, D); got shape {tuple(encoder_out.shape)}.")
+    B, T = encoder_out.shape[:2]
+    if lengths is None:
+        return torch.full((B,), T, dtype=torch.long, device=encoder_out.device)
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be a tensor of integers (B,); got {lengths!r:.60}.")
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must be ({B},), a number for each utterance; got shape {tuple(lengths.shape)}.")
+    if lengths.device.type == "cpu" and B and not 0 <= int(lengths.min()) <= int(lengths.max()) <= T:
+        raise ValueError(f"lengths must lie in 0 .. {T}, the frames of encoder_out; got {lengths.tolist()}.")
+    return lengths.to(encoder_out.device, torch.long)
