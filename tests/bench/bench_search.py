@@ -209,8 +209,8 @@ class LastTwo(torch.nn.Module):
         return seen + torch.nn.functional.pad(seen, (0, 0, 1, 0))[:, :-1]
 
 
-def synthetic(name: str, D: int, T: int, labels: int, seed: int = 0) -> Task:
-    """An utterance of T frames with labels to be read off, for decoders with D channels.
+def synthetic(name: str, D: int, T: int, labels: int, seed: int = 0, utterances: int = 1) -> Task:
+    """Utterances of T frames with labels to be read off, for decoders with D channels.
 
     Each class has a direction in the joint space. A frame points to blank, the two frames of a label to the label, one
     label in four has another beside it. What was said last is taken off: it is not said again.
@@ -228,13 +228,16 @@ def synthetic(name: str, D: int, T: int, labels: int, seed: int = 0) -> Task:
             linear.bias.zero_()
         joint.lin_out.weight.copy_(length**2 * directions)
         joint.lin_out.bias.zero_()
-    frames = noise / length * torch.randn(T, J, generator=draw) + blank * directions[0]
-    for u, (said, beside) in enumerate(torch.randint(1, V, (labels, 2), generator=draw).tolist()):
-        t = (2 * u + 1) * T // (2 * labels)
-        frames[t : t + 2] += label * directions[said] + (u % 4 == 0) * other * directions[beside]
+    spoken = []
+    for _ in range(utterances):
+        frames = noise / length * torch.randn(T, J, generator=draw) + blank * directions[0]
+        for u, (said, beside) in enumerate(torch.randint(1, V, (labels, 2), generator=draw).tolist()):
+            t = (2 * u + 1) * T // (2 * labels)
+            frames[t : t + 2] += label * directions[said] + (u % 4 == 0) * other * directions[beside]
+        spoken.append(frames)
     taken_off = torch.zeros(V, D)
     taken_off[1:, :J] = -label * directions[1:]
-    return Task(name, [frames], joint, Outputs(LastTwo(taken_off)))
+    return Task(name, spoken, joint, Outputs(LastTwo(taken_off)))
 
 
 # ---- a trained model
