@@ -9,12 +9,12 @@ there are few: it is only needed where a prefix is extended.
     o      = softmax(scores) V
 
 This is the `LabelScorer` of the batched search (`search/scorer.py` says what rows and a tree are). B utterances,
-N nodes, M leaves, R new prefixes, r the most of them in one utterance, D block size, H EMA heads, S query/key size,
-E value size.
+N nodes, M leaves, R new prefixes, D block size, H EMA heads, S query/key size, E value size.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,21 +104,18 @@ class _PoolPast:
         else:
             self.ema, self.inputs = None, self._inputs_before(tree, network.truncation_length - 1)
 
-        B, n = tree.utterances, tree.used_nodes
-        if rows.valid is not None:  # as many rows of each utterance, in order
-            self.most, self.place = len(rows.node) // B, None
+        self.nodes = n = tree.used_nodes
+        if rows.valid is not None:
+            self.groups = None  # as many rows of each utterance, in order
         else:
-            count = torch.bincount(rows.utterance, minlength=B)
-            first = count.cumsum(0) - count
-            self.most = int(count.max()) if len(rows.node) else 0
-            self.place = rows.utterance * self.most + torch.arange(len(rows.node)) - first[rows.utterance]
-        self.nodes = n
+            count, held = torch.bincount(rows.utterance).tolist(), tree.node_count.tolist()
+            ends = itertools.accumulate(count)
+            self.groups = [(b, end - k, end, held[b]) for b, (k, end) in enumerate(zip(count, ends, strict=True)) if k]
         distance, hidden = self._seen(tree, n)
         # within n labels without gaps no distance is larger; with a reach none that is seen is
         farthest = n if pool.reach is None else max(n, pool.reach)
         table = pool.constants.bias(network, farthest)
-        bias = table[:, distance.clamp(max=farthest - 1)].masked_fill(hidden, float("-inf"))
-        self.bias = self._by_utterance(bias.transpose(0, 1), B).permute(2, 0, 1, 3)  # (blocks, B, r, n)
+        self.bias = table[:, distance.clamp(max=farthest - 1)].masked_fill_(hidden, float("-inf"))  # (blocks, R, n)
 
     def _seen(self, tree, n: int) -> tuple[Tensor, Tensor]:
         """How far each node is from each row, and which are hidden. (R, n), (R, n) bool"""
@@ -159,27 +156,24 @@ class _PoolPast:
         inputs = self.pool.inputs[:, b[:, None], source.clamp(min=0)]
         return inputs.masked_fill((source < 0)[..., None], 0.0)
 
-    def _by_utterance(self, x: Tensor, B: int) -> Tensor:
-        """Rows in the places of their utterances. (R, ...) -> (B, r, ...)"""
-        if self.place is None:
-            return x.reshape(B, self.most, *x.shape[1:])
-        if x.shape[0] == B * self.most:
-            return x.reshape(B, self.most, *x.shape[1:])
-        out = x.new_zeros(B * self.most, *x.shape[1:])
-        out[self.place] = x
-        return out.view(B, self.most, *x.shape[1:])
-
     def attend(self, b: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        pool, rows, n = self.pool, self.rows, self.nodes
-        S, held = key.shape[1], pool.keys_values[b]
+        pool, rows = self.pool, self.rows
+        S, held, bias = key.shape[1], pool.keys_values[b], self.bias[b].to(value.dtype)
         _put(held, rows.utterance, rows.node, torch.cat([key, value.to(key.dtype)], 1), rows.valid)
-        held = held[: self.bias.shape[1], :n].to(value.dtype)
-        query = self._by_utterance(query.to(value.dtype), held.shape[0])
-        scores = torch.baddbmm(self.bias[b].to(value.dtype), query, held[..., :S].transpose(1, 2))
-        attended = torch.bmm(softmax(scores), held[..., S:]).flatten(0, 1)
-        if self.place is None or len(self.place) == len(attended):
-            return attended
-        return attended[self.place]
+        held, query = held.to(value.dtype), query.to(value.dtype)
+        if self.groups is None:
+            B = held.shape[0]
+            bias, query = (x.view(B, -1, x.shape[-1]) for x in (bias, query))
+            held = held[:, : self.nodes]
+            scores = torch.baddbmm(bias, query, held[..., :S].transpose(1, 2))
+            return torch.bmm(softmax(scores), held[..., S:]).flatten(0, 1)
+        # One utterance after the other: each reads its own nodes alone, and many have no row in a step
+        attended = torch.empty_like(value)
+        for utterance, begin, end, n in self.groups:
+            keys, values = held[utterance, :n, :S], held[utterance, :n, S:]
+            scores = torch.addmm(bias[begin:end, :n], query[begin:end], keys.T)
+            torch.mm(softmax(scores), values, out=attended[begin:end])
+        return attended
 
 
 def _put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: Tensor | None) -> None:

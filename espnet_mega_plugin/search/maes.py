@@ -13,7 +13,8 @@ Three things make it fast and change nothing but rounding:
 3. *Bound.* Of the sequences that have ended the frame, let the beam-th best have log-probability s, and m = s -
    log(nstep + 1). A label below m cannot lead to anything that enters the beam: all paths through it end below m,
    there are at most nstep + 1 of them for one sequence, and s only rises. It may only not be dropped if it could add
-   to a sequence that does enter: one that it is a prefix of, or that is a prefix of it.
+   to a sequence that does enter: one that it is a prefix of, or that is a prefix of it. Where many more labels than
+   `beam_size` are left, the most probable ones are scored first: those that can end the frame raise s for the others.
 
 B utterances, H hypotheses, C candidates, K tokens a hypothesis may take, W frames, V tokens.
 """
@@ -21,6 +22,7 @@ B utterances, H hypotheses, C candidates, K tokens a hypothesis may take, W fram
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,24 @@ from espnet_mega_plugin.search.predictions import Predictions
 from espnet_mega_plugin.search.tree import LabelTree
 
 ROUNDING = 1e-4  # nats the bound leaves for float32 sums
+# Rows of a prediction network of 13 million parameters that take as long as one more call of it: on one CPU thread a
+# call of 5 rows takes 7 ms, 100 rows 0.3 ms each
+MANY = 20
+
+
+class Taken(NamedTuple):
+    """Hypotheses about to take a label. All (B, C)"""
+
+    score: Tensor  # with the label
+    node: Tensor  # before it
+    entry: Tensor  # before it
+    there: Tensor  # bool
+    label: Tensor
+    logp: Tensor  # the label's log-probability, without fusion
+    known: Tensor  # node after the label, -1 where the tree has none
+
+    def picked(self, index: Tensor) -> Taken:
+        return Taken(*(t.gather(1, index) for t in self))
 
 
 class Maes:
@@ -154,27 +174,49 @@ class Maes:
         ended = []
         hypotheses = hypotheses._replace(there=hypotheses.there & busy[:, None])
         for n in range(self.nstep):
-            by_blank, taken, label, logp = self._take(hypotheses, logits)
+            by_blank, taken = self._take(hypotheses, logits)
             ended.append(by_blank)
-            taken, label, known, logp = self._drop_hopeless(joined(ended), taken, label, logp)
+            taken = self._drop_hopeless(ended, taken)
             if taken.there.shape[1] == 0:
                 return joined(ended)
-            hypotheses = self._take_on(taken, label, known, logp)
-            frame = self.frames.ahead(1)[0]
-            pairs = frame + self._projected(hypotheses.node)
-            logits = self.joint(pairs.flatten(0, 1) if self.tree.fixed_shapes else pairs[hypotheses.there])
+            is_last = n == self.nstep - 1
+            if self._many(taken):
+                hypotheses, logits = self._take_on_by_turns(ended, taken, is_last)
+            else:
+                hypotheses, logits = self._take_on(taken)
+        return joined([*ended, self._end(hypotheses, logits)])
+
+    def _end(self, hypotheses: Hypotheses, logits: Tensor) -> Hypotheses:
+        """All of them, after blank."""
         blank = self._unpacked((logits[:, 0] - logits.logsumexp(-1)).double(), hypotheses.there, 0.0)
-        return joined([*ended, hypotheses._replace(score=hypotheses.score + blank)])
+        return hypotheses._replace(score=hypotheses.score + blank)
 
-    def _take(self, hypotheses: Hypotheses, logits: Tensor) -> tuple[Hypotheses, Hypotheses, Tensor, Tensor]:
-        """What the hypotheses may do next.
+    def _many(self, taken: Taken) -> bool:
+        """Whether so many labels are left that a second call of the prediction network may save more than it costs."""
+        if self.tree.fixed_shapes:
+            return False
+        return int((taken.there.sum(1) - self.beam_size).clamp(min=0).sum()) >= MANY
 
-        Returns:
-            by_blank: those that end the frame. (B, H)
-            taken: those that take a label; `node` and `entry` are still those before it. (B, C)
-            label: which. (B, C)
-            logp: its log-probability, without fusion. (B, C)
-        """
+    def _take_on_by_turns(self, ended: list[Hypotheses], taken: Taken, is_last: bool) -> tuple[Hypotheses, Tensor]:
+        """As `_take_on`, the `beam_size` most probable first; of the others those that may still matter after that."""
+        order = torch.argsort(taken.score.masked_fill(~taken.there, -math.inf), dim=1, descending=True, stable=True)
+        first, others = (taken.picked(index) for index in (order[:, : self.beam_size], order[:, self.beam_size :]))
+        hypotheses, logits = self._take_on(first)
+        can_end = self._end(hypotheses, logits) if is_last else self._take(hypotheses, logits)[0]
+        others = self._drop_hopeless([*ended, can_end], others)
+        if others.there.shape[1] == 0:
+            return hypotheses, logits
+        more, more_logits = self._take_on(others)
+        rows = [self._rows(hypotheses.there), self._rows(more.there) + len(logits)]
+        both = joined([hypotheses, more])
+        return both, torch.cat([logits, more_logits])[torch.cat(rows, 1)[both.there]]
+
+    def _rows(self, there: Tensor) -> Tensor:
+        """The number of each one's row among those that are there."""
+        return (there.flatten().cumsum(0) - 1).view(there.shape)
+
+    def _take(self, hypotheses: Hypotheses, logits: Tensor) -> tuple[Hypotheses, Taken]:
+        """What the hypotheses may do next: end the frame, or take a label."""
         there = hypotheses.there
         (B, H), K = there.shape, self.tokens
         value, token = (logits - logits.logsumexp(-1, keepdim=True)).topk(K, -1)
@@ -204,44 +246,42 @@ class Maes:
         if self.predictions.bonus is not None:
             leaf = self.tree.leaf.gather(1, taken.node).clamp(min=0)
             score = score + self.predictions.bonus[self._utterance, leaf, label].double()
-        return by_blank, taken._replace(score=score), label, logp
+        known = torch.where(taken.there, self.tree.find(taken.node, label), -1)
+        return by_blank, Taken(score, taken.node, taken.entry, taken.there, label, logp, known)
 
-    def _drop_hopeless(
-        self, ended: Hypotheses, taken: Hypotheses, label: Tensor, logp: Tensor
-    ) -> tuple[Hypotheses, Tensor, Tensor, Tensor]:
+    def _drop_hopeless(self, ended: list[Hypotheses], taken: Taken) -> Taken:
         """Leave out what the bound rules out (top of the file)."""
         if taken.there.shape[1] == 0:
-            return taken, label, label, logp
-        tree = self.tree
-        known = torch.where(taken.there, tree.find(taken.node, label), -1)
+            return taken
+        ended, lineage, known = joined(ended), self.tree.lineage, taken.known
         final = best(merged(ended), self.beam_size)
-        if final.there.shape[1] >= self.beam_size:
-            full = final.there[:, self.beam_size - 1]
-            margin = math.log(self.nstep + 1) + ROUNDING + self.nstep * self.predictions.largest
-            least = torch.where(full, final.score[:, self.beam_size - 1] - margin, -math.inf)
-            good = taken.there & ~(taken.score < least[:, None])
-            kept = good
-            if self.tree.fixed_shapes or bool((taken.there & ~good).any()):
-                lineage = tree.lineage
-                above_ended = lineage[self._utterance[..., None], ended.node[:, None], known.clamp(min=0)[..., None]]
-                comparable = (above_ended & ended.there[:, None]).any(-1) & (known >= 0)
-                above = lineage[self._utterance[..., None], taken.node[..., None], known.clamp(min=0)[:, None]]
-                above = above & (known >= 0)[:, None]  # [c, d]: candidate d is a prefix of candidate c
-                comparable |= ((above | above.transpose(1, 2)) & good[:, None]).any(-1)
-                kept = good | (taken.there & comparable)
-            taken = taken._replace(there=kept)
-            index = None if self.tree.fixed_shapes else packed(kept)
-            if index is not None:
-                taken = taken.picked(index, kept.gather(1, index))
-                label, known, logp = label.gather(1, index), known.gather(1, index), logp.gather(1, index)
-        return taken, label, known, logp
+        if final.there.shape[1] < self.beam_size:
+            return taken
+        margin = math.log(self.nstep + 1) + ROUNDING + self.nstep * self.predictions.largest
+        least = final.score[:, -1] - margin
+        hopeless = taken.there & final.there[:, -1:] & (taken.score < least[:, None])
+        if not self.tree.fixed_shapes and not bool(hopeless.any()):
+            return taken
+        hopeful = taken.there & ~hopeless
+        b, is_known = self._utterance[..., None], known >= 0
+        of_ended = lineage[b, ended.node[:, None], known.clamp(min=0)[..., None]] & ended.there[:, None]
+        comparable = of_ended.any(-1) & is_known
+        # [c, d]: candidate d is a prefix of candidate c
+        above = lineage[b, taken.node[..., None], known.clamp(min=0)[:, None]] & is_known[:, None]
+        comparable |= ((above | above.transpose(1, 2)) & hopeful[:, None]).any(-1)
+        kept = hopeful | (taken.there & comparable)
+        taken = taken._replace(there=kept)
+        index = None if self.tree.fixed_shapes else packed(kept)
+        return taken if index is None else taken.picked(index)
 
-    def _take_on(self, taken: Hypotheses, label: Tensor, known: Tensor, logp: Tensor) -> Hypotheses:
-        """The hypotheses with their new labels; prefixes that are new are scored."""
-        tree, C = self.tree, label.shape[1]
+    def _take_on(self, taken: Taken) -> tuple[Hypotheses, Tensor]:
+        """The hypotheses with their new labels, and their logits at this frame; prefixes that are new are scored."""
+        tree, C = self.tree, taken.label.shape[1]
         tree.reserve(C, C)
-        node, rows = tree.add(taken.there, taken.node, label, known)
+        node, rows = tree.add(taken.there, taken.node, taken.label, taken.known)
         if len(rows.node):
             self.predictions.extend(rows, tree)
-        entry = self.traces.add(taken.entry, label, self.frames.now()[:, None], logp)
-        return taken._replace(node=node, entry=entry)
+        entry = self.traces.add(taken.entry, taken.label, self.frames.now()[:, None], taken.logp)
+        hypotheses = Hypotheses(taken.score, node, entry, taken.there)
+        pairs = self.frames.ahead(1)[0] + self._projected(node)
+        return hypotheses, self.joint(pairs.flatten(0, 1) if tree.fixed_shapes else pairs[taken.there])

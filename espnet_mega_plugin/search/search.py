@@ -66,7 +66,7 @@ class BatchedSearch:
         score_norm: bool = False,
         nbest: int = 1,
         fusion: Fusion | Sequence[Fusion] | None = None,
-        window: int = 16,
+        window: int = 8,
     ):
         for name, value, least in (
             ("beam_size", beam_size, 1),

@@ -20,6 +20,7 @@ from torch import Tensor
 from espnet_mega_plugin.search.scorer import LabelScorer, Rows
 
 START = 0  # node of the start label
+FIRST = 32  # nodes and leaves an utterance has room for at first
 
 
 class LabelTree:
@@ -256,7 +257,7 @@ def put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: 
 
 
 def _doubled(now: int, need: int) -> int:
-    return now if need <= now else max(need, 2 * now, 16)
+    return now if need <= now else max(need, 2 * now, FIRST)
 
 
 def _order(keep: Tensor, used: int) -> tuple[Tensor, Tensor]:
