@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.search.algorithm import Algorithm
+from espnet_mega_plugin.search.alsd import Alsd
 from espnet_mega_plugin.search.frames import Frames
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.joint import Joint
@@ -20,6 +22,7 @@ from espnet_mega_plugin.search.maes import Maes
 from espnet_mega_plugin.search.predictions import Predictions
 from espnet_mega_plugin.search.scorer import Fusion, all_fusions
 from espnet_mega_plugin.search.tree import LabelTree
+from espnet_mega_plugin.search.tsd import Tsd
 
 SEARCH_TYPES = ("greedy", "maes", "tsd", "alsd")
 
@@ -137,7 +140,7 @@ class BatchedSearch:
             raise ValueError("search_type alsd needs the whole utterance: stream with greedy, maes or tsd.")
         return Streams(self)
 
-    def _search(self, utterances: int, device: torch.device) -> Maes:
+    def _search(self, utterances: int, device: torch.device) -> Maes | Algorithm:
         joint = Joint(self.joint_network)
         from espnet_mega_plugin.search.espnet_decoders import scorer_of
 
@@ -146,12 +149,18 @@ class BatchedSearch:
         reaches = [getattr(one, "reach", None) for one in (scorer, *(fused.scorer for fused in self.fusion))]
         reach = None if None in reaches else max(reaches)
         tree = LabelTree(utterances, device, [predictions], reach)
-        arguments = joint, predictions, tree, Frames(utterances, device)
-        return Maes(*arguments, self.beam_size, self.nstep, self.expansion_gamma, self.expansion_beta, self.window)
+        arguments = joint, predictions, tree, Frames(utterances, device), self.beam_size
+        if self.search_type == "tsd":
+            return Tsd(*arguments, self.max_sym_exp)
+        if self.search_type == "alsd":
+            return Alsd(*arguments, self.u_max)
+        return Maes(*arguments, self.nstep, self.expansion_gamma, self.expansion_beta, self.window)
 
     def _nbest(self, search: Any, utterances: Sequence[int], final: bool) -> list[list[Hypothesis]]:
-        score, node, entry, there = search.hypotheses
-        if final:
+        # what alsd has found ended one after the other, and has what fusion adds at the end
+        ended = isinstance(search, Alsd)
+        score, node, entry, there = search.results if ended else search.hypotheses
+        if final and not ended:
             leaf = search.tree.leaf.gather(1, node).clamp(min=0)
             utterance = torch.arange(len(score), device=score.device)[:, None].expand_as(leaf)
             bonus = search.predictions.final(utterance.flatten(), leaf.flatten())
