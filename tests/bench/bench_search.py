@@ -125,6 +125,7 @@ class Task:
     frames: list[Tensor]  # encoder output of each utterance. (T, D_enc)
     joint: JointNetwork
     shown: Outputs
+    said: list[list[int]] | None = None  # the labels that are in each utterance, where they are known
 
 
 def decode(decoder, task: Task, options: dict) -> list:
@@ -228,16 +229,18 @@ def synthetic(name: str, D: int, T: int, labels: int, seed: int = 0, utterances:
             linear.bias.zero_()
         joint.lin_out.weight.copy_(length**2 * directions)
         joint.lin_out.bias.zero_()
-    spoken = []
+    spoken, said_in = [], []
     for _ in range(utterances):
         frames = noise / length * torch.randn(T, J, generator=draw) + blank * directions[0]
-        for u, (said, beside) in enumerate(torch.randint(1, V, (labels, 2), generator=draw).tolist()):
+        drawn = torch.randint(1, V, (labels, 2), generator=draw).tolist()
+        for u, (said, beside) in enumerate(drawn):
             t = (2 * u + 1) * T // (2 * labels)
             frames[t : t + 2] += label * directions[said] + (u % 4 == 0) * other * directions[beside]
         spoken.append(frames)
+        said_in.append([said for said, _ in drawn])
     taken_off = torch.zeros(V, D)
     taken_off[1:, :J] = -label * directions[1:]
-    return Task(name, spoken, joint, Outputs(LastTwo(taken_off)))
+    return Task(name, spoken, joint, Outputs(LastTwo(taken_off)), said_in)
 
 
 # ---- a trained model
