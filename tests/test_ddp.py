@@ -1,6 +1,9 @@
-"""Two spawned processes train ESPnet's task by ESPnet's own worker: the plugin's class, and one process's step."""
+"""Two spawned processes train ESPnet's task by ESPnet's own worker: the plugin's class, and one process's step, with
+every loss and with gradients gathered over two batches. The command line and the launcher: recipe/test_recipe_run.py."""
 
 import multiprocessing
+import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +43,22 @@ CONFIG = {
     "multiprocessing_distributed": False,
 }
 
+VARIANTS = {
+    "fused": {"model_conf": {"transducer_loss": "fused"}},
+    "standard": {"model_conf": {"transducer_loss": "standard"}},
+    "pruned": {"model_conf": {"transducer_loss": "pruned"}},
+    "accumulated": {"batch_size": 2, "accum_grad": 2, "model_conf": {"transducer_loss": "fused"}},
+}
+
 
 def write_data(folder: Path, seed: int) -> dict:
     """Four utterances of equal length (no convolution sees padding) with one to four labels; as options for ESPnet."""
-    random = np.random.default_rng(seed)
+    draw = np.random.default_rng(seed)
     with open(folder / "feats.scp", "w") as feats, open(folder / "text", "w") as text:
         for number in range(1, 5):
-            np.save(folder / f"{number}.npy", random.standard_normal((60, 16)).astype(np.float32))
+            np.save(folder / f"{number}.npy", draw.standard_normal((60, 16)).astype(np.float32))
             feats.write(f"utt{number} {folder / f'{number}.npy'}\n")
-            text.write(f"utt{number} {' '.join(map(str, random.integers(1, 4, size=number)))}\n")
+            text.write(f"utt{number} {' '.join(map(str, draw.integers(1, 4, size=number)))}\n")
     files = [f"{folder / 'feats.scp'},speech,npy", f"{folder / 'text'},text,text_int"]
     return {
         **{f"{part}_data_path_and_name_and_type": [file.split(",") for file in files] for part in ("train", "valid")},
@@ -85,22 +95,50 @@ def train(config: Path, rank: int, world: int, result: Path) -> None:
     torch.save({"decoder": kind, "before": before, "after": after}, result)
 
 
-@pytest.mark.slow
-def test_a_step_in_two_spawned_processes_is_the_step_of_one(tmp_path, seed, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    config = tmp_path / "train.yaml"
-    config.write_text(yaml.safe_dump({**CONFIG, **write_data(tmp_path, seed)}))
-    spawn = multiprocessing.get_context("spawn")
-    results = {"alone": tmp_path / "alone.pt", 0: tmp_path / "first.pt", 1: tmp_path / "second.pt"}
-    workers = [spawn.Process(target=train, args=(config, rank, 2, results[rank])) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    train(config, 0, 1, results["alone"])
-    for worker in workers:
-        worker.join(300)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+def train_variants(folder: Path, rank: int, world: int) -> None:
+    """All variants one after the other in this process; results in `<variant>.<rank>of<world>.pt`."""
+    for name in VARIANTS:
+        train(folder / f"{name}.yaml", rank, world, folder / f"{name}.{rank}of{world}.pt")
+        if world > 1:
+            torch.distributed.destroy_process_group()
 
-    alone, first, second = (torch.load(result) for result in results.values())
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the results of two processes and of one, for every variant."""
+    folder = tmp_path_factory.mktemp("ddp")
+    seed = int(os.environ.get("ESPNET_MEGA_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"ESPNET_MEGA_TEST_SEED={seed}")
+    data = write_data(folder, seed)
+    for name, changes in VARIANTS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**CONFIG, **data, **changes}))
+    spawn = multiprocessing.get_context("spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        workers = [spawn.Process(target=train_variants, args=(folder, rank, 2)) for rank in (0, 1)]
+        for worker in workers:
+            worker.start()
+        train_variants(folder, 0, 1)
+        for worker in workers:
+            worker.join(300)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "reference"),
+    [
+        ("fused", "fused"),
+        ("standard", "standard"),
+        ("pruned", "pruned"),
+        ("accumulated", "fused"),
+        ("fused", "standard"),
+    ],
+)
+def test_a_step_in_two_spawned_processes_is_the_step_of_one(trained, variant, reference):
+    names = (f"{reference}.0of1", f"{variant}.0of2", f"{variant}.1of2")
+    alone, first, second = (torch.load(trained / f"{name}.pt") for name in names)
     assert {run["decoder"] for run in (alone, first, second)} == {"espnet_mega_plugin.decoder.MEGADecoder"}
     for run in (first, second):
         torch.testing.assert_close(run["before"], alone["before"], rtol=0, atol=0)

@@ -1,11 +1,12 @@
-"""Run commands in parallel, each with its own log file: the recipe's run.pl.
+"""Run commands in parallel on this machine, each with its own log file: the recipe's run.pl.
 
-    python3 -m espnet_mega_plugin.recipe.jobs --jobs 4 --log exp/log/stats.JOB.log -- command ... JOB ...
+    run.pl [--max-jobs-run N] JOB=1:4 exp/log/stats.JOB.log command ... JOB ...
 
-runs the command once for JOB = 1..4. When one fails, the others are stopped and the end of its log is shown.
+runs the command once for JOB = 1..4, with the number for the word JOB in command and log. When one fails, the others
+are stopped and the end of its log is shown. The form is that of Kaldi's run.pl, which ESPnet's launcher knows; options
+that concern a cluster (--gpu, --mem, --time, --num-threads, --num-nodes, --config, --name) change nothing here.
 """
 
-import argparse
 import json
 import queue
 import re
@@ -15,10 +16,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ARRAY = re.compile(r"([A-Za-z_]\w*)=(\d+)(?::(\d+))?")  # JOB=1:4
 TAIL = 25  # lines of a log that are shown when its command fails
 
 
@@ -35,12 +37,18 @@ class Job:
 
 
 def run_jobs(
-    jobs: Sequence[Job], parallel: int, worker: Sequence[str] = (), while_waiting: Callable[[], None] = lambda: None
+    jobs: Sequence[Job],
+    parallel: int,
+    worker: Sequence[str] = (),
+    while_waiting: Callable[[], None] = lambda: None,
+    submit: Sequence[str] = (),
 ) -> None:
     """Run all jobs, at most `parallel` at a time.
 
     worker: command that starts `recipe/worker.py`; given, the jobs `... -m module arguments` run in such long-lived
         processes, which import the module once.
+    submit: command that runs `log command...` elsewhere, waits for it and writes the log, such as slurm.pl with its
+        options; given, every job is handed to it, and there are no workers.
     while_waiting: called about twice a second until all is done, for progress.
 
     Raises:
@@ -53,9 +61,9 @@ def run_jobs(
         waiting.put(job)
     running: list[subprocess.Popen] = []
     failed: list[tuple[Job, int]] = []
-    serve = _serve_by_worker if worker else _serve_by_command
+    serve = _serve_by_command if submit or not worker else _serve_by_worker
     threads = [
-        threading.Thread(target=serve, args=(waiting, running, failed, worker), daemon=True)
+        threading.Thread(target=serve, args=(waiting, running, failed, submit or worker), daemon=True)
         for _ in range(min(parallel, len(jobs)))
     ]
     try:
@@ -76,10 +84,12 @@ def run_jobs(
     while_waiting()
 
 
-def _serve_by_command(waiting, running, failed, _worker) -> None:
+def _serve_by_command(waiting, running, failed, submit) -> None:
     while not failed and (job := _next(waiting)):
-        with job.log.open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        command = [*submit, str(job.log), *job.command] if submit else job.command
+        said = job.log.with_name(f"{job.log.name}.submit") if submit else job.log  # the log is the submitted job's
+        with said.open("a", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         running.append(process)
         if status := process.wait():
             failed.append((job, status))
@@ -136,27 +146,65 @@ def leave_on_signals() -> None:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
-def numbered(text: str, job: int) -> str:
+@dataclass(frozen=True)
+class Call:
+    """What a runner in Kaldi's form is asked: `[--option value]... [JOB=first:last] log command...`.
+
+    options: with underscores in their names. word: what stands for the number, None for a single job. numbers: of the
+    jobs, empty for a single one.
+    """
+
+    options: Mapping[str, str]
+    word: str | None
+    numbers: range
+    log: str
+    command: Sequence[str]
+
+
+def parse_call(arguments: Sequence[str]) -> Call:
+    """
+    Raises:
+        ValueError: an option without a value, numbers that are none, no log or no command.
+    """
+    rest, options = list(arguments), {}
+    while rest and rest[0].startswith("--"):
+        name = rest.pop(0)
+        if not rest:
+            raise ValueError(f"option {name} needs a value")
+        options[name[2:].replace("-", "_")] = rest.pop(0)
+    word, numbers = None, range(0)
+    if rest and (found := ARRAY.fullmatch(rest[0])):
+        word, first, last = found.group(1), int(found.group(2)), int(found.group(3) or found.group(2))
+        if not 1 <= first <= last:
+            raise ValueError(f"{rest[0]}: expected numbers from 1 on, such as JOB=1:4")
+        numbers = range(first, last + 1)
+        rest.pop(0)
+    if len(rest) < 2:
+        raise ValueError("expected [--option value]... [JOB=1:4] log command...")
+    if numbers and numbered(rest[0], 1, word) == rest[0] and len(numbers) > 1:
+        raise ValueError(f"log {rest[0]}: {len(numbers)} jobs need a log each, with {word} in its name")
+    return Call(options, word, numbers, rest[0], rest[1:])
+
+
+def numbered(text: str, job: int, word: str = "JOB") -> str:
     """With the job's number for the word JOB, as in `stats.JOB.log`; `JOBS` and `MY_JOB` are other words."""
-    return re.sub(r"\bJOB\b", str(job), text)
+    return re.sub(rf"\b{word}\b", str(job), text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1, help="number of jobs; JOB runs from 1 to it")
-    parser.add_argument("--parallel", type=int, default=None, help="how many at a time (default: all)")
-    parser.add_argument("--log", required=True, help="log file, with JOB where there are several")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- command")
-    args = parser.parse_args()
     leave_on_signals()
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    jobs = [
-        Job([numbered(word, job) for word in command], Path(numbered(args.log, job))) for job in range(1, args.jobs + 1)
-    ]
     try:
-        run_jobs(jobs, args.parallel or args.jobs)
-    except JobFailed as error:
-        sys.exit(str(error))
+        call = parse_call(sys.argv[1:])
+        if call.word:
+            jobs = [
+                Job([numbered(word, n, call.word) for word in call.command], Path(numbered(call.log, n, call.word)))
+                for n in call.numbers
+            ]
+        else:
+            jobs = [Job(call.command, Path(call.log))]
+        run_jobs(jobs, int(call.options.get("max_jobs_run", len(jobs))))
+    except (JobFailed, ValueError) as error:
+        sys.exit(f"run.pl: {error}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a long stage shows while it runs: on a terminal one line that is rewritten, elsewhere a line now and then."""
 
+import os
 import sys
 import time
 
@@ -29,17 +30,20 @@ class StatusLine:
 
 
 class LogFollower:
-    """The lines a log file gained since the last look."""
+    """The lines a log file gained since the last look; all of them where another file has taken its place."""
 
     def __init__(self, path):
         self._path = path
         self._position = path.stat().st_size if path.exists() else 0
+        self._file = path.stat().st_ino if path.exists() else None
         self._partial = ""
 
     def new_lines(self) -> list[str]:
         if not self._path.exists():
             return []
         with self._path.open("r", encoding="utf-8", errors="replace") as log:
+            if (file := os.fstat(log.fileno()).st_ino) != self._file:
+                self._file, self._position, self._partial = file, 0, ""
             log.seek(self._position)
             text = self._partial + log.read()
             self._position = log.tell()

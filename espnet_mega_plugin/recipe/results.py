@@ -1,4 +1,4 @@
-"""Stage 13: RESULTS.md, the error rates of all decodings of an experiment in ESPnet's table form."""
+"""Stage 13: RESULTS.md, error rates and speed of all decodings of an experiment in ESPnet's table form."""
 
 import argparse
 import platform
@@ -11,8 +11,11 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from espnet_mega_plugin.recipe.rtf import read_speed
+
 KINDS = ("wer", "cer", "ter")
 HEADER = "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|\n|---|---|---|---|---|---|---|---|---|\n"
+SPEED_HEADER = "|dataset|Snt|Audio s|Decoding s|Jobs|RTF|\n|---|---|---|---|---|---|\n"
 SUM = re.compile(r"^\| Sum/Avg +\|(.*)\|(.*)\|$", re.MULTILINE)
 
 
@@ -74,7 +77,19 @@ def results_page(exps: Iterable[Path], recipe: Path) -> str:
             if of_kind:
                 page += f"\n### {kind.upper()}\n\n{HEADER}"
                 page += "".join(f"|{'|'.join([f'{r.decoding}/{r.dataset}', *r.figures])}|\n" for r in of_kind)
+        page += _speed_table(exp)
     return page
+
+
+def _speed_table(exp: Path) -> str:
+    """Real-time factors of the decodings that were timed, with how many jobs shared the machine."""
+    speeds = {path.parent.relative_to(exp): read_speed(path) for path in sorted(exp.glob("**/rtf.txt"))}
+    lines = [
+        f"|{name}|{s.utterances}|{s.audio:.1f}|{s.computing:.1f}|{s.jobs}|{s.factor:.3f}|\n"
+        for name, s in speeds.items()
+        if s
+    ]
+    return f"\n### RTF\n\n{SPEED_HEADER}{''.join(lines)}" if lines else ""
 
 
 def word_error_table(exp: Path) -> str:

@@ -141,10 +141,17 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def _saved_epoch(log: Path) -> int | None:
-    """The last epoch with results in the log, if all its files are written."""
-    text = log.read_text(encoding="utf-8", errors="replace")
+    """The last epoch with results in the logs, if all its files are written."""
+    text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in all_logs(log))
     last = max(RESULTS.finditer(text), key=re.Match.start, default=None)
     return int(last.group(1)) if last and SAVED.search(text, last.end()) else None
+
+
+def all_logs(log: Path) -> list[Path]:
+    """A log and those that ESPnet's launcher moved out of its way (train.1.log before train.log), oldest first."""
+    moved = _numbered(log.parent, re.compile(rf"{re.escape(log.stem)}\.(\d+){re.escape(log.suffix)}"))
+    oldest_first = [path for path, _ in sorted(moved, key=lambda found: -found[1])]
+    return [*oldest_first, log] if log.exists() else oldest_first
 
 
 def _numbered(exp: Path, name: re.Pattern) -> list[tuple[Path, int]]:

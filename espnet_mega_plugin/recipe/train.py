@@ -1,6 +1,8 @@
-"""Stage 11: run ESPnet's training command and show a line an epoch; an interrupted training goes on.
+"""Stages 7 and 11: run ESPnet's training command and show a line an epoch; an interrupted training goes on.
 
-ESPnet's own output goes to the log; what is shown is read from there.
+ESPnet's own output goes to `train.log`; what is shown is read from there. With `--launcher` the command is one of
+ESPnet's launcher, which submits the training to a cluster: then the cluster's job writes `train.log`, the launcher
+moves an earlier one to `train.1.log`, and what the launcher itself says is in `launch.log`.
 """
 
 import argparse
@@ -58,14 +60,16 @@ def _loss(report: str) -> str:
     return found.group(1) if found else "-"
 
 
-def run_training(command: list[str], exp: Path) -> int:
+def run_training(command: list[str], exp: Path, launcher: bool = False) -> int:
     """Run ESPnet's training in `exp` with its output appended to `train.log`; returns the exit status.
+
+    launcher: the command is the launcher's; its output is appended to `launch.log`, and `train.log` is only read.
 
     Raises:
         BlockingIOError: another training runs in `exp`.
     """
     log = exp / "train.log"
-    with only_training(exp) as lock, log.open("a", encoding="utf-8") as out:
+    with only_training(exp) as lock, (exp / "launch.log" if launcher else log).open("a", encoding="utf-8") as out:
         if mended := mend(exp, log):
             print(mended, flush=True)
         out.write(f"# {shlex.join(command)}\n")
@@ -97,19 +101,22 @@ def run_training(command: list[str], exp: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--asr_exp", type=Path, required=True)
-    parser.add_argument("--asr_config", type=Path, default=Path())
+    parser.add_argument("--exp", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=Path())
     parser.add_argument("--token_list", type=Path, required=True)
+    parser.add_argument("--launcher", action="store_true", help="the command is espnet2.bin.launch's")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's training command")
     args = parser.parse_args()
     leave_on_signals()
     try:
-        check_same_model(args.asr_config, args.token_list, args.asr_exp)
-        status = run_training(args.command[1:], args.asr_exp)
+        check_same_model(args.config, args.token_list, args.exp)
+        status = run_training(args.command[1:], args.exp, args.launcher)
     except (OSError, ValueError) as error:
         sys.exit(f"train: {error}")
     if status:
-        log = args.asr_exp / "train.log"
+        log = args.exp / "train.log"
+        if not log.exists():  # the launcher did not come as far as that
+            log = args.exp / "launch.log"
         sys.exit(f"train: exit status {status}; the end of {log}:\n{log_tail(log)}")
 
 

@@ -83,12 +83,12 @@ def test_a_worker_that_cannot_start_is_a_failure(tmp_path, command):
 
 
 def test_command_line_numbers_its_jobs(tmp_path):
-    call = [sys.executable, "-m", "espnet_mega_plugin.recipe.jobs", "--jobs", "3", "--log", f"{tmp_path}/JOB.log"]
-    subprocess.run([*call, "--", "echo", "--", "part", "JOB"], check=True)
+    call = [sys.executable, "-m", "espnet_mega_plugin.recipe.jobs", "--gpu", "1", "JOB=1:3", f"{tmp_path}/JOB.log"]
+    subprocess.run([*call, "echo", "--", "part", "JOB"], check=True)
     assert [(tmp_path / f"{n}.log").read_text().splitlines()[1] for n in (1, 2, 3)] == [
         f"-- part {n}" for n in (1, 2, 3)
     ]
-    failing = subprocess.run([*call, "--", "ls", f"{tmp_path}/nothing/JOB"], capture_output=True, text=True)
+    failing = subprocess.run([*call, "ls", f"{tmp_path}/nothing/JOB"], capture_output=True, text=True)
     assert failing.returncode == 1 and "nothing" in failing.stderr
 
 
@@ -207,6 +207,16 @@ def test_log_follower_waits_for_whole_lines(tmp_path):
     assert follower.new_lines() == ["one"]
     log.write_text("one\ntwo\n")
     assert follower.new_lines() == ["two"]
+
+
+def test_log_follower_reads_a_new_file_from_its_beginning(tmp_path):
+    """ESPnet's launcher moves a log out of the way and begins another, which may soon be longer."""
+    log = tmp_path / "x.log"
+    log.write_text("old\n")
+    follower = LogFollower(log)
+    log.rename(tmp_path / "x.1.log")
+    log.write_text("new one\nand more\n")
+    assert follower.new_lines() == ["new one", "and more"]
 
 
 def test_clock():

@@ -12,9 +12,11 @@ from espnet_mega_plugin.recipe.options import declared_options, parse
 ENGINE = REPOSITORY / "egs" / "TEMPLATE" / "asr1" / "asr.sh"
 
 # research: the options users of ESPnet's asr.sh pass, as far as this engine has their stages
-ESPNETS = """stage stop_stage skip_stages skip_data_prep skip_train skip_eval ngpu num_nodes nj inference_nj gpu_inference
+ESPNETS = """stage stop_stage skip_stages skip_data_prep skip_train skip_eval skip_packing skip_upload_hf ngpu num_nodes nj inference_nj gpu_inference
 dumpdir expdir python local_data_opts speed_perturb_factors feats_type audio_format fs min_wav_duration max_wav_duration
-token_type nbpe bpemode bpe_nlsyms bpe_char_cover use_lm asr_task asr_config asr_args asr_tag asr_exp asr_stats_dir
+token_type nbpe bpemode bpe_nlsyms bpe_char_cover bpe_train_text use_lm lm_config lm_args lm_tag
+lm_exp lm_stats_dir lm_train_text lm_dev_text lm_test_text lm_fold_length num_splits_lm inference_lm use_ngram ngram_num
+ngram_exp num_splits_asr hf_repo asr_task asr_config asr_args asr_tag asr_exp asr_stats_dir
 pretrained_model ignore_init_mismatch feats_normalize inference_config inference_args inference_tag inference_asr_model
 use_streaming train_set valid_set test_sets lang cleaner score_opts eval_valid_set""".split()
 

@@ -1,6 +1,9 @@
 """A whole recipe, data to scores, on eight utterances of tones: an interrupted training resumes, the loss falls, and
-the training set is known by heart under every search. ESPnet's unmodified commands do the work."""
+the training set is known by heart under every search; language models, packs, two machines. ESPnet's unmodified
+commands do the work."""
 
+import json
+import math
 import os
 import re
 import signal
@@ -11,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from slurm_stand_in import calls, install
 from tones import corpus, recipe
 
 from espnet_mega_plugin.recipe.kaldi_dir import read_table
@@ -202,6 +207,248 @@ def test_a_new_process_for_each_job_gives_the_same(scored):
     log = (folder / EXP / "plain" / "train" / "logdir" / "asr_inference.1.log").read_text()
     command = log.splitlines()[0]
     assert command.startswith("# python3 -m espnet_mega_plugin.run -m espnet2.bin.asr_transducer_inference --ngpu 0")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+LM = {
+    "lm": "seq_rnn", "lm_conf": {"rnn_type": "lstm", "unit": 16, "nlayers": 1}, "optim": "adam", "optim_conf": {"lr": 0.01},
+    "max_epoch": 6, "batch_type": "unsorted", "batch_size": 2, "num_workers": 0, "keep_nbest_models": 1, "log_interval": 1,
+    "best_model_criterion": [["valid", "loss", "min"]], "use_tensorboard": False, "use_matplotlib": False,
+}  # fmt: skip
+WITH_LM = ["--use_lm", "true", "--lm_config", "conf/lm.yaml"]
+LM_EXP, LM_STATS = "exp/lm_lm_en_char", "exp/lm_stats_en_char"
+
+
+@pytest.fixture(scope="module")
+def language_model(prepared):
+    """Stages 6 to 9, the training text in two parts."""
+    folder, _ = prepared
+    (folder / "conf" / "lm.yaml").write_text(yaml.safe_dump(LM))
+    options = ["--num_splits_lm", "2", "--use_ngram", "true", "--ngram_num", "2"]
+    return folder, run(folder, *WITH_LM, *options, "--stage", "6", "--stop_stage", "9")
+
+
+def test_a_language_model_is_trained(language_model):
+    folder, output = language_model
+    assert all(f"Stage {n}: done in" in output for n in (6, 7, 8, 9))
+    text = read_table(folder / "dump/raw/train/text")
+    vocabulary = len(set("".join(SENTENCES))) + 3
+    shapes = read_table(folder / LM_STATS / "train" / "text_shape.char")
+    assert shapes == {utt: f"{len(sentence)},{vocabulary}" for utt, sentence in text.items()}
+    losses = [float(x) for x in re.findall(r"epoch +\d+/6 +train loss +(\S+)", output)]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_perplexity_is_that_of_its_utterances(language_model):
+    folder, output = language_model
+    results = folder / LM_EXP / "perplexity_test"
+    each, tokens = (read_table(results / name) for name in ("utt2ppl", "utt2ntokens"))
+    assert {utt: int(n) - 1 for utt, n in tokens.items()} == {
+        utt: len(sentence) for utt, sentence in read_table(folder / "dump/raw/train/text").items()
+    }
+    nats = sum(int(n) * math.log(float(each[utt])) for utt, n in tokens.items())
+    total = float((results / "ppl").read_text())
+    assert total == pytest.approx(math.exp(nats / sum(map(int, tokens.values()))), rel=1e-4)
+    assert f"perplexity of dump/raw/train/text: {(results / 'ppl').read_text()}" in output
+    assert 1 < total < len(set("".join(SENTENCES))) + 3  # less than knowing nothing gives
+
+
+def test_the_ngram_counts_the_recognisers_tokens(language_model):
+    folder, output = language_model
+    arpa = (folder / "exp" / "ngram" / "2gram.arpa").read_text()
+    tokens = (folder / "data/en_token_list/char/tokens.txt").read_text().split()
+    unigrams = re.search(r"\\1-grams:\n(.*?)\n\n", arpa, re.S).group(1).split("\n")
+    assert {line.split("\t")[1] for line in unigrams} == {*tokens[2:-1], "<unk>", "<s>", "</s>"}
+    assert re.search(r"perplexity of dump/raw/dev/text: \d", output)
+
+
+def test_a_language_model_without_weight_changes_nothing(scored, language_model):
+    folder, _ = scored
+    options = [
+        "--test_sets",
+        "train",
+        "--inference_config",
+        "conf/decode_maes.yaml",
+        "--stage",
+        "12",
+        "--stop_stage",
+        "12",
+    ]
+    run(folder, *WITH_LM, *options, "--inference_args", "--lm_weight 0.0", "--nj", "1")
+    tag = "decode_maes_lm_weight0.0_lm_lm_lm_en_char_valid.loss.ave_asr_model_valid.loss.ave"
+    for name in ("text", "token_int", "score"):
+        plain = read_table(folder / EXP / "decode_maes_asr_model_valid.loss.ave" / "train" / name)
+        assert read_table(folder / EXP / tag / "train" / name) == plain
+    log = (folder / EXP / tag / "train" / "logdir" / "asr_inference.1.log").read_text()
+    assert f"--lm_file {LM_EXP}/valid.loss.ave.pth" in log
+
+
+def test_speed_is_reported(scored):
+    folder, _ = scored
+    figures = re.search(
+        r"### RTF\n\n.*\n.*\n\|decode_maes\S+/train\|(.*)\|\n", (folder / EXP / "RESULTS.md").read_text()
+    )
+    timed, audio, seconds, jobs, factor = map(float, figures.group(1).split("|"))
+    samples = read_table(folder / "dump/raw/train/utt2num_samples")
+    assert (timed, jobs) == (len(SENTENCES) - 2, 2)  # but the first of each job
+    assert 0 < audio < sum(map(int, samples.values())) / 16000
+    assert factor == pytest.approx(seconds / audio, abs=0.1)
+
+
+UNPACKED = """
+import json, sys, soundfile
+from espnet2.bin.asr_transducer_inference import Speech2Text
+options = {"beam_search_config": json.loads(sys.argv[2]), "lm_weight": 0.0}
+try:
+    import espnet_model_zoo
+    model = Speech2Text.from_pretrained(sys.argv[1], **options)
+except ImportError:
+    from espnet2.main_funcs.pack_funcs import unpack
+    model = Speech2Text(**unpack(sys.argv[1], "unpacked"), **options)
+for path in sys.argv[3:]:
+    hypotheses = model(soundfile.read(path, dtype="float32")[0])
+    print("HEARD", model.hypotheses_to_results(hypotheses)[0][0])
+"""
+
+
+@pytest.fixture(scope="module")
+def pack(scored, language_model):
+    folder, _ = scored
+    options = ["--stage", "14", "--skip_packing", "false", "--skip_upload_hf", "false", "--upload_dry_run", "true"]
+    return folder, run(folder, *WITH_LM, *options, "--hf_repo", "someone/tones")
+
+
+def elsewhere(folder: Path, **environment) -> subprocess.CompletedProcess:
+    """Decode the training set with the pack alone, in a folder that has nothing else."""
+    place = folder.parents[2] / "elsewhere"
+    place.mkdir(exist_ok=True)
+    archive = place / "model.zip"
+    archive.write_bytes((folder / EXP / f"{Path(EXP).name}_valid.loss.ave.zip").read_bytes())
+    audio = [str(folder / path) for path in read_table(folder / "dump/raw/train/wav.scp").values()]
+    search = yaml.safe_load((folder / "conf" / "decode_maes.yaml").read_text())["beam_search_config"]
+    command = [sys.executable, "-c", UNPACKED, str(archive), json.dumps(search), *audio]
+    where = {**os.environ, "HOME": str(place), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=place, env=where, capture_output=True, text=True)
+
+
+def test_a_pack_decodes_the_same_words_elsewhere(pack):
+    folder, _ = pack
+    result = elsewhere(folder)
+    heard = [line.removeprefix("HEARD").strip() for line in result.stdout.splitlines() if line.startswith("HEARD")]
+    decoded = read_table(folder / EXP / "decode_maes_asr_model_valid.loss.ave" / "train" / "text", empty_values=True)
+    assert heard == list(decoded.values()), result.stderr[-3000:]
+
+
+def test_espnet_without_the_plugin_refuses_the_pack(pack):
+    folder, _ = pack
+    result = elsewhere(folder, ESPNET_MEGA_PLUGIN="0")
+    assert result.returncode and "HEARD" not in result.stdout
+    assert re.search(r"TypeError: .*MEGADecoder.* got an unexpected keyword argument", result.stderr)
+
+
+def test_the_folder_for_a_hub(pack):
+    folder, output = pack
+    hub = folder / "exp" / "hf_someone_tones"
+    card = (hub / "README.md").read_text()
+    assert "a dry run: nothing was sent" in output and "language: en" in card and "### WER" in card
+    meta = yaml.safe_load((hub / "meta.yaml").read_text())
+    assert all((hub / name).exists() for name in (*meta["files"].values(), *meta["yaml_files"].values()))
+    assert set(meta["files"]) == {"asr_model_file", "lm_file"} and "requires" in meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+EVEN = {
+    **CONFIG,
+    # no conformer: its batch normalisation makes a step depend on how the batch is dealt out
+    "encoder_conf": {
+        "input_conf": {"vgg_like": False, "conv_size": 8, "subsampling_factor": 4},
+        "body_conf": [{"block_type": "branchformer", "hidden_size": 16, "linear_size": 16, "heads": 2, "conv_mod_kernel_size": 3}],
+    },
+    "optim": "sgd", "optim_conf": {"lr": 0.1}, "grad_clip": 1e9, "scheduler": None, "max_epoch": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def even(prepared):
+    """Stage 11 on four sentences of the same length, so that no convolution sees padding; options for it."""
+    folder, _ = prepared
+    text = read_table(folder / "dump/raw/train/text")
+    chosen = [utt for utt, sentence in text.items() if len(sentence.split()) == 2]
+    assert len(chosen) == 4
+    for source, target in (
+        ("dump/raw/train/wav.scp", "dump/raw/even/wav.scp"),
+        ("dump/raw/train/text", "dump/raw/even/text"),
+        *((f"exp/asr_stats_raw_en_char/train/{name}", f"exp/even_stats/{part}/{name}")
+          for name in ("speech_shape", "text_shape.char") for part in ("train", "valid")),
+    ):  # fmt: skip
+        table = read_table(folder / source)
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        (folder / target).write_text("".join(f"{utt} {table[utt]}\n" for utt in chosen))
+    stats = (folder / "exp/asr_stats_raw_en_char/train/feats_stats.npz").read_bytes()
+    (folder / "exp/even_stats/train/feats_stats.npz").write_bytes(stats)
+    (folder / "conf" / "even.yaml").write_text(yaml.safe_dump(EVEN))
+    sets = ["--train_set", "even", "--valid_set", "even", "--asr_stats_dir", "exp/even_stats"]
+    return folder, [*sets, "--asr_config", "conf/even.yaml", "--stage", "11", "--stop_stage", "11"]
+
+
+@pytest.fixture(scope="module")
+def alone(even):
+    """Two epochs by one process; each is a step over all four utterances."""
+    folder, options = even
+    run(folder, *options, "--asr_exp", "exp/alone")
+    return folder, options
+
+
+def weights(folder: Path, name: str) -> dict:
+    return torch.load(folder / "exp" / name, weights_only=True)
+
+
+def test_two_machines_are_one(alone, tmp_path):
+    """ESPnet's launcher and the recipe's slurm.pl: two nodes with gradients of two batches, interrupted after an epoch."""
+    folder, options = alone
+    install(tmp_path / "bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("cmd_backend", "slurm")
+        cluster = ["--num_nodes", "2", "--asr_exp", "exp/together"]
+        for epochs in ("1", "2"):
+            arguments = f"--batch_size 2 --accum_grad 2 --max_epoch {epochs}"
+            output = run(folder, *options, *cluster, "--asr_args", arguments)
+            assert re.search(rf"^epoch +{epochs}/{epochs} ", output, re.MULTILINE)
+    for epoch in (1, 2):
+        together, once = weights(folder, f"together/{epoch}epoch.pth"), weights(folder, f"alone/{epoch}epoch.pth")
+        torch.testing.assert_close(together, once, rtol=1e-4, atol=1e-5)
+    assert (folder / "exp/together/train.1.log").exists()  # the launcher moves the first log
+    log = (folder / "exp/together/train.log").read_text()
+    assert "world_size=2" in log.replace(": ", "=") or "Distributed" in log
+    [first, second] = calls(tmp_path / "bin", "sbatch")
+    assert first[first.index("--nodes") + 1] == "2" and second[-1] == "exp/together/q/train.sh"
+    [step, _] = calls(tmp_path / "bin", "srun")
+    assert "--dist_launcher slurm" in " ".join(step) and step[0] == "--export=ALL"
+
+
+def test_a_training_that_starts_from_a_model_and_stands_still_is_that_model(alone):
+    """--pretrained_model, with the training set in two parts."""
+    folder, options = alone
+    model = "exp/alone/2epoch.pth"
+    arguments = "--optim_conf lr=0.0 --max_epoch 1 --batch_size 2"
+    run(
+        folder,
+        *options,
+        "--asr_exp",
+        "exp/still",
+        "--pretrained_model",
+        model,
+        "--asr_args",
+        arguments,
+        "--num_splits_asr",
+        "2",
+    )
+    torch.testing.assert_close(weights(folder, "still/1epoch.pth"), weights(folder, "alone/2epoch.pth"), rtol=0, atol=0)
+    resume = (folder / "exp" / "still" / "run.sh").read_text()
+    assert "--pretrained_model exp/alone/2epoch.pth" in resume and '--stage 11 "$@"' in resume
 
 
 def test_nothing_is_written_outside_of_the_recipe(scored):

@@ -186,6 +186,32 @@ def test_results_hold_this_experiment_wherever_it_lies(experiment, tmp_path):
         assert titles == wanted
 
 
+INFERENCE_LOG = """\
+2026-11-22 15:00:00,000 (asr_transducer:417) INFO: Vocabulary size: 30
+2026-11-22 15:00:09,500 (asr_transducer_inference:428) INFO: Final best hypothesis: ['s-1']: ONE
+2026-11-22 15:00:10,000 (asr_transducer_inference:415) INFO: Current best hypothesis (0-640ms): ['s-2']: ON
+2026-11-22 15:00:11,750 (asr_transducer_inference:428) INFO: Final best hypothesis: ['s-2']: ONE 's-9' TWO
+2026-11-22 15:00:12,000 (asr_transducer_inference:430) WARNING: Utterance ['s-3'] has 1 frames and is too short, return empty results
+"""
+
+
+def test_real_time_factor_is_read_from_the_logs(experiment, tmp_path):
+    """2.25 s for s-2 and 0.25 s for s-3, of 4 s and 1 s; s-1 and a job's only utterance have no beginning."""
+    for tag in ("decode_a", "decode_b"):
+        (experiment / tag / "test" / "logdir").mkdir()
+    logs = experiment / "decode_a" / "test" / "logdir"
+    (logs / "asr_inference.1.log").write_text(INFERENCE_LOG)
+    (logs / "asr_inference.2.log").write_text(INFERENCE_LOG[: INFERENCE_LOG.index("2026-11-22 15:00:10")])
+    write_table(tmp_path / "dump/raw/test/utt2num_samples", {"s-1": "99", "s-2": "32000", "s-3": "8000"})
+    options = ["--asr_exp", experiment, "--data_dir", "dump/raw", "--test_sets", "test", "--tags", "decode_a decode_b"]
+    command("rtf", *options, "--fs", "8k", cwd=tmp_path)
+    said = (experiment / "decode_a" / "test" / "rtf.txt").read_text()
+    assert said == "RTF 0.5000: 2.50 s for 5.00 s of audio, 2 utterances, 2 jobs\n"
+    page = results_page([experiment], experiment)
+    table = "### RTF\n\n|dataset|Snt|Audio s|Decoding s|Jobs|RTF|\n|---|---|---|---|---|---|\n"
+    assert page.endswith(f"{table}|decode_a/test|2|5.0|2.5|2|0.500|\n")  # nothing was timed of decode_b
+
+
 def test_missing_decoding_and_unreadable_result(experiment, tmp_path):
     with pytest.raises(FileNotFoundError, match="stage 12 makes it"):
         score_folder(tmp_path / "dump" / "raw" / "test", tmp_path, {}, False, str)

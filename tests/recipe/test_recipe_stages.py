@@ -1,4 +1,4 @@
-"""The engine's checks: a stage that lacks its input says so and says which stage makes it; the free stages say so."""
+"""The engine's checks: a stage that lacks its input says so and says which stage makes it; one that is off says so."""
 
 import os
 import subprocess
@@ -74,10 +74,12 @@ def test_missing_input(folder, stage, there, missing, made_by):
     [
         ("--stage 1", "local/data.sh is missing"),
         ("--test_sets ''", "--test_sets is required"),
-        ("--use_lm true", "stages 6 (statistics), 7 (training), 8 (perplexity) and 9 (n-gram) are not here yet"),
         ("--asr_task asr", "knows asr_transducer alone"),
         ("--feats_type fbank", "only raw here"),
-        ("--num_nodes 2", "use ESPnet's own asr.sh for clusters"),
+        ("--num_nodes 2", "--num_nodes 2: cuda_cmd in cmd.sh runs on this machine alone; choose a cluster there"),
+        ("--num_nodes 0", "--num_nodes 0: expected 1 or more"),
+        ("--num_splits_lm 0", "--num_splits_lm 0: expected 1 or more"),
+        ("--ngram_units phrase", "--ngram_units phrase: expected token or word"),
         ("--token_type phn", "expected bpe, char or word"),
         ("--audio_format mp3", "expected wav or flac"),
         ("--feats_normalize local", "expected global_mvn, utterance_mvn or none"),
@@ -101,11 +103,61 @@ def test_refusals(folder, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("stage", "what"), [(6, "language models"), (9, "language models"), (14, "packing"), (15, "upl")]
+    ("stage", "option"),
+    [(6, "--use_lm true"), (9, "--use_ngram true"), (14, "--skip_packing false"), (15, "--skip_upload_hf false")],
 )
-def test_free_stages_say_so(folder, stage, what):
+def test_a_stage_that_is_switched_off_says_so(folder, stage, option):
     result = stages(folder, "--stage", str(stage), "--stop_stage", str(stage))
-    assert result.returncode == 0 and f"Stage {stage} is kept free for " in result.stdout and what in result.stdout
+    assert result.returncode == 0 and f"Stage {stage} is left out: {option} runs it" in result.stdout
+
+
+LM = "exp/lm_train_en_bpe30"
+MODEL = ["exp/asr_train_raw_en_bpe30/config.yaml", "exp/asr_train_raw_en_bpe30/valid.loss.ave.pth"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "there", "missing", "made_by"),
+    [
+        (6, DUMP, TOKENS, 5),
+        (7, [], "exp/lm_stats_en_bpe30/train/text_shape.bpe", 6),
+        (8, [], f"{LM}/config.yaml", 7),
+        (8, [f"{LM}/config.yaml"], f"{LM}/valid.loss.ave.pth", 7),
+        (9, [], "dump/raw/train/text", 4),
+        (12, MODEL + DUMP, f"{LM}/config.yaml", 7),
+        (14, MODEL, f"{LM}/config.yaml", 7),
+        (15, [], "exp/asr_train_raw_en_bpe30/asr_train_raw_en_bpe30_valid.loss.ave.zip", 14),
+    ],
+)
+def test_missing_input_of_language_models_and_packs(folder, stage, there, missing, made_by):
+    touch(folder, *there)
+    switches = ["--use_lm", "true", "--use_ngram", "true", "--skip_packing", "false", "--skip_upload_hf", "false"]
+    result = stages(folder, *switches, "--hf_repo", "a/b", "--stage", str(stage))
+    assert result.returncode == 2
+    assert result.stderr == f"asr.sh: {missing} is missing: run stage {made_by} first (--stage {made_by})\n"
+
+
+def test_an_upload_needs_the_name_of_a_repository(folder):
+    result = stages(folder, "--stage", "15", "--skip_upload_hf", "false")
+    assert result.returncode == 2 and "--hf_repo is empty: name the repository on the hub, user/name" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cmd", "message"),
+    [
+        ("train_cmd=run.pl; cuda_cmd=run.pl; decode_cmd=nowhere.pl", "cmd.sh: decode_cmd=nowhere.pl: no such command"),
+        ("train_cmd=run.pl; cuda_cmd=run.pl", "cmd.sh does not set decode_cmd"),
+        ("echo lost >&2; return 1", "lost"),
+    ],
+)
+def test_a_recipes_own_cmd_file_is_read(folder, cmd, message):
+    (folder / "cmd.sh").write_text(f"{cmd}\n")
+    result = stages(folder, "--stage", "14")
+    assert result.returncode != 0 and message in result.stderr
+
+
+def test_an_unknown_backend_is_refused(folder, monkeypatch):
+    monkeypatch.setenv("cmd_backend", "sge")
+    assert "cmd_backend=sge: expected local or slurm" in stages(folder, "--stage", "14").stderr
 
 
 @pytest.mark.parametrize("fs", ["8000", "22.05k", "16k"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from espnet_mega_plugin.recipe.resume import back_up, check_same_model, mend, only_training
+from espnet_mega_plugin.recipe.resume import all_logs, back_up, check_same_model, mend, only_training
 from espnet_mega_plugin.recipe.train import Watcher, run_training
 
 # Lines as both versions of ESPnet write them, shortened where nothing is read
@@ -58,6 +58,19 @@ def test_output_is_appended_to_the_log(tmp_path):
         assert run_training(command, tmp_path / "exp") == 4
     lines = (tmp_path / "exp" / "train.log").read_text().splitlines()
     assert lines.count("said") == lines.count("cried") == 2
+
+
+def test_a_launched_training_is_read_and_not_written(tmp_path, capsys):
+    """The cluster's job writes train.log, anew; what the launcher says is kept apart."""
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    (exp / "train.log").write_text("INFO: 1epoch results: [train] loss=1, [valid] loss=1\n")
+    (tmp_path / "new.log").write_text(LOG)
+    job = "import os, sys; os.rename(sys.argv[1], sys.argv[1] + '.old'); os.rename(sys.argv[2], sys.argv[1]); print('launched')"
+    command = [sys.executable, "-c", job, str(exp / "train.log"), str(tmp_path / "new.log")]
+    assert run_training(command, exp, launcher=True) == 0
+    assert (exp / "train.log").read_text() == LOG and "launched" in (exp / "launch.log").read_text()
+    assert "train loss  172.193" in capsys.readouterr().out
 
 
 def test_two_trainings_do_not_share_an_experiment(tmp_path):
@@ -125,6 +138,20 @@ def test_a_whole_state_is_left_alone(tmp_path):
     for epoch in (1, 2):
         train_epoch(tmp_path, epoch)
     assert mended(tmp_path) == "" and resumed_epoch(tmp_path) == 2
+
+
+def test_logs_that_a_launcher_moved_belong_to_the_training(tmp_path):
+    train_epoch(tmp_path, 1)
+    (tmp_path / "train.log").rename(tmp_path / "train.2.log")
+    train_epoch(tmp_path, 2)
+    (tmp_path / "train.log").rename(tmp_path / "train.1.log")
+    assert mended(tmp_path) == "" and resumed_epoch(tmp_path) == 2
+    train_epoch(tmp_path, 3, files=False)
+    assert mended(tmp_path).endswith("beginning anew")  # there was no backup
+    for n, text in ((10, "ten\n"), (9, "nine\n")):
+        (tmp_path / f"train.{n}.log").write_text(text)
+    names = [path.name for path in all_logs(tmp_path / "train.log")]
+    assert names == ["train.10.log", "train.9.log", "train.2.log", "train.1.log", "train.log"]
 
 
 def test_a_copy_that_the_next_epoch_overtook_is_not_kept(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 # The recipe engine: from data to scores, stage by stage, with the stage numbers, option names and folders of ESPnet's
 # asr.sh (egs2/TEMPLATE/asr1). It needs pip packages alone. A corpus' run.sh calls it with that corpus' defaults:
 #   egs/<corpus>/asr1/run.sh --stage 3 --stop_stage 5
-# Stages: 1 data  2 speed perturbation  3 format  4 length filter  5 tokens  10 statistics  11 training
-#         12 decoding  13 scoring.  Free: 6-9 language models, 14 packing, 15 upload.
+# Stages: 1 data  2 speed perturbation  3 format  4 length filter  5 tokens  6-8 language model (--use_lm true)
+#         9 n-gram (--use_ngram true)  10 statistics  11 training  12 decoding  13 scoring
+#         14 packing (--skip_packing false)  15 upload (--skip_upload_hf false)
+# Where commands run, this machine or a cluster, is said in cmd.sh.
 set -euo pipefail
 
 # options begin
@@ -14,11 +16,13 @@ skip_stages=""              # Stages to leave out, separated by blanks.
 skip_data_prep=false        # Leave out stages 1 to 5.
 skip_train=false            # Leave out stages 2 and 4 to 11.
 skip_eval=false             # Leave out stages 12 and 13.
-ngpu=0                      # GPUs for training; 0 trains on the CPU.
-num_nodes=1                 # Machines for training; only 1 here, use ESPnet's own asr.sh for more.
-nj=0                        # Parallel jobs of stages 2, 3 and 10; 0: one a CPU core.
+skip_packing=true           # Leave out stage 14.
+skip_upload_hf=true         # Leave out stage 15.
+ngpu=0                      # GPUs for training, of each machine; 0 trains on the CPU.
+num_nodes=1                 # Machines for training; more than one needs a cluster in cmd.sh.
+nj=0                        # Parallel jobs of stages 2, 3, 6 and 10; 0: one a CPU core.
 inference_nj=0              # Parallel jobs of stage 12; 0: one a CPU core.
-gpu_inference=false         # Decode on a GPU.
+gpu_inference=false         # Decode on a GPU, and compute the language model's perplexity there.
 train_threads=0             # CPU threads of training; 0: what OMP_NUM_THREADS says, else one a CPU core.
 dumpdir=dump                # Folder for formatted audio.
 expdir=exp                  # Folder for experiments.
@@ -40,11 +44,28 @@ max_wav_duration=20.0       # Longer utterances are not trained on, seconds.
 token_type=bpe              # bpe, char or word.
 nbpe=30                     # Number of sentencepiece tokens.
 bpemode=unigram             # Kind of sentencepiece model: unigram or bpe.
+bpe_train_text=""           # Kaldi text for sentencepiece; empty: that of the training set.
 bpe_nlsyms=""               # Symbols that stay whole: separated by commas, or a file.
 bpe_char_cover=1.0          # Share of the characters that get a token.
 nlsyms_txt=none             # File with non-linguistic symbols, for token types char and word.
 cleaner=none                # Text cleaner of ESPnet: none, tacotron, jaconv, vietnamese ...
-use_lm=false                # Language model; not here yet (stages 6 to 9).
+# Language models
+use_lm=false                # Train a language model (stages 6 to 8) and decode with it.
+lm_config=""                # Its training YAML.
+lm_args=""                  # Options for its training, such as "--max_epoch 10".
+lm_tag=""                   # Name of its experiment; empty: made from the configuration's name and the options.
+lm_exp=""                   # Folder of its experiment; empty: <expdir>/lm_<lm_tag>.
+lm_stats_dir=""             # Folder of its statistics; empty: named after the tokens.
+lm_train_text=""            # Kaldi texts to train on, separated by blanks; empty: that of the training set.
+lm_dev_text=""              # Kaldi text to validate on; empty: that of the validation set.
+lm_test_text=""             # Kaldi text for stage 8; empty: that of the first test set.
+lm_fold_length=150          # Tokens beyond which a folded batch gets smaller (batch_type folded).
+num_splits_lm=1             # Parts of the training text, one in memory at a time.
+inference_lm=valid.loss.ave.pth  # Parameters of the language model to decode with.
+use_ngram=false             # Estimate an n-gram (stage 9).
+ngram_num=3                 # Its order.
+ngram_units=token           # What it counts: token (the recogniser's, for decoding) or word.
+ngram_exp=""                # Its folder; empty: <expdir>/ngram.
 # Model and training
 asr_task=asr_transducer     # ESPnet task; asr_transducer alone.
 asr_config=""               # Training YAML.
@@ -55,6 +76,7 @@ asr_stats_dir=""            # Folder of the statistics; empty: named after the d
 asr_speech_fold_length=800  # Frames beyond which a folded batch gets smaller (batch_type folded).
 asr_text_fold_length=150    # Tokens beyond which a folded batch gets smaller (batch_type folded).
 feats_normalize=global_mvn  # global_mvn, utterance_mvn or none.
+num_splits_asr=1            # Parts of the training set, whose lists are in memory one at a time.
 pretrained_model=""         # Parameters to start from: ESPnet's --init_param.
 ignore_init_mismatch=false  # Leave out parameters of pretrained_model whose shape differs.
 # Decoding and scoring
@@ -63,8 +85,13 @@ inference_args=""           # Options for ESPnet's decoding, such as "--beam_siz
 inference_tag=""            # Name of the decoding; empty: made from the configuration's name and the options.
 inference_asr_model=valid.loss.ave.pth  # Parameters to decode with.
 use_streaming=false         # Decode in chunks, as the audio would come in.
+batched=false               # Decode in batches with the plugin's own search
 decode_in_one_process=true  # Keep ESPnet loaded between decoding jobs; false: a new process for each.
 score_opts=""               # Scoring: -s makes letters of different case differ.
+# Upload
+hf_repo=""                  # Repository on the hub, user/name (stage 15).
+hf_license=cc-by-4.0        # Licence of the model, as the hub spells it.
+upload_dry_run=false        # Make the folder that would be sent, list it, send nothing.
 # options end
 
 # In braces: bash reads all of it before it starts, so editing this file does not disturb a run
@@ -93,8 +120,12 @@ need() { [ -e "$1" ] || die "$1 is missing: run stage $2 first (--stage $2)"; }
 [ -f path.sh ] || die "path.sh is missing in ${PWD}: run.sh must change into its recipe before it calls this"
 _threads=${OMP_NUM_THREADS:-}
 . ./path.sh
+_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+PATH=${_here}/utils:${PATH}
+if [ -f cmd.sh ]; then . ./cmd.sh; else . "${_here}/cmd.sh"; fi
 python3 -c 'import espnet_mega_plugin' 2>/dev/null \
     || die "$(command -v python3 || echo python3) cannot import espnet_mega_plugin: install it with 'pip install -e .' in the repository"
+printf -v _call '%q ' "${_here}/asr.sh" "$@"
 _given=$(python3 -m espnet_mega_plugin.recipe.options "${BASH_SOURCE[0]}" "$@") || exit 2
 eval "${_given}"
 
@@ -111,8 +142,19 @@ eval "${_given}"
 [[ "${fs}" =~ ^([1-9][0-9]{3,}|[1-9][0-9]*(\.[0-9]+)?k)$ ]] \
     || die "--fs ${fs}: expected a sampling rate of at least 1000 Hz such as 16000 or 16k"
 [ "${ngpu}" -ge 0 ] || die "--ngpu ${ngpu}: expected 0 (the CPU) or more"
-[ "${num_nodes}" -eq 1 ] || die "--num_nodes ${num_nodes}: only 1 here; use ESPnet's own asr.sh for clusters"
-! "${use_lm}" || die "--use_lm true: stages 6 (statistics), 7 (training), 8 (perplexity) and 9 (n-gram) are not here yet"
+[ "${num_nodes}" -ge 1 ] || die "--num_nodes ${num_nodes}: expected 1 or more"
+for _cmd in train_cmd cuda_cmd decode_cmd; do
+    [ -n "${!_cmd:-}" ] || die "cmd.sh does not set ${_cmd}"
+    [ -n "$(command -v "${!_cmd%% *}")" ] || die "cmd.sh: ${_cmd}=${!_cmd}: no such command"
+done
+# local COMMAND: whether it runs its jobs on this machine
+is_local() { local name=${1%% *}; case "${name##*/}" in run.pl|stdout.pl) ;; *) return 1 ;; esac; }
+[ "${num_nodes}" -eq 1 ] || ! is_local "${cuda_cmd}" \
+    || die "--num_nodes ${num_nodes}: cuda_cmd in cmd.sh runs on this machine alone; choose a cluster there (slurm)"
+for _n in num_splits_lm num_splits_asr ngram_num; do
+    [ "${!_n}" -ge 1 ] || die "--${_n} ${!_n}: expected 1 or more"
+done
+case "${ngram_units}" in token|word) ;; *) die "--ngram_units ${ngram_units}: expected token or word" ;; esac
 case "${audio_format}" in wav|flac) ;; *) die "--audio_format ${audio_format}: expected wav or flac" ;; esac
 case "${token_type}" in bpe|char|word) ;; *) die "--token_type ${token_type}: expected bpe, char or word" ;; esac
 case "${feats_normalize}" in global_mvn|utterance_mvn|none) ;;
@@ -158,6 +200,21 @@ fi
 [ -n "${asr_stats_dir}" ] || asr_stats_dir=${expdir}/asr_stats_${_data}${_sp}
 [ -n "${asr_exp}" ] || asr_exp=${expdir}/asr_${asr_tag}
 
+_lm_data=${_lang#_}; [ -z "${_lm_data}" ] || _lm_data+=_
+_lm_data+=${_tokens}
+if [ -z "${lm_tag}" ]; then
+    lm_tag=train
+    [ -z "${lm_config}" ] || lm_tag=$(stem "${lm_config}")
+    lm_tag=${lm_tag}_${_lm_data}$(squeezed "${lm_args}")
+fi
+[ -n "${lm_stats_dir}" ] || lm_stats_dir=${expdir}/lm_stats_${_lm_data}
+[ -n "${lm_exp}" ] || lm_exp=${expdir}/lm_${lm_tag}
+[ -n "${ngram_exp}" ] || ngram_exp=${expdir}/ngram
+[ -n "${bpe_train_text}" ] || bpe_train_text=${data_feats}/${train_set}/text
+[ -n "${lm_train_text}" ] || lm_train_text=${data_feats}/${train_set}/text
+[ -n "${lm_dev_text}" ] || lm_dev_text=${data_feats}/${valid_set}/text
+[ -n "${lm_test_text}" ] || lm_test_text=${data_feats}/${test_sets%% *}/text
+
 # One tag a decoding configuration: decode_maes_asr_model_valid.loss.ave
 inference_configs=${inference_config//,/ }
 [ -n "${inference_configs// }" ] || inference_configs=none
@@ -170,7 +227,10 @@ for _config in ${inference_configs}; do
     fi
     _tag=inference; [ "${_config}" = none ] || _tag=$(stem "${_config}")
     ! "${use_streaming}" || _tag=${_tag}_streaming
-    inference_tags+=" ${_tag}$(squeezed "${inference_args}")_asr_model_$(stem "${inference_asr_model}")"
+    ! "${batched}" || [[ "${_tag}" == *_batched ]] || _tag=${_tag}_batched
+    _tag+=$(squeezed "${inference_args}")
+    ! "${use_lm}" || _tag+=_lm_${lm_exp##*/}_$(stem "${inference_lm}")
+    inference_tags+=" ${_tag}_asr_model_$(stem "${inference_asr_model}")"
 done
 inference_tags=${inference_tags# }
 
@@ -180,11 +240,15 @@ once() { printf '%s\n' "$@" | awk '!seen[$0]++'; }
 eval_sets=${test_sets}
 ! "${eval_valid_set}" || eval_sets="org/${valid_set} ${test_sets}"
 
-_skipped=" ${skip_stages} 6 7 8 9 "
+_skipped=" ${skip_stages} "
 ! "${skip_data_prep}" || _skipped+="1 2 3 4 5 "
 ! "${skip_train}" || _skipped+="2 4 5 6 7 8 9 10 11 "
 ! "${skip_eval}" || _skipped+="12 13 "
 [ -n "${speed_perturb_factors}" ] || _skipped+="2 "
+"${use_lm}" || _skipped+="6 7 8 "
+"${use_ngram}" || _skipped+="9 "
+! "${skip_packing}" || _skipped+="14 "
+! "${skip_upload_hf}" || _skipped+="15 "
 
 # begin N TITLE: whether stage N is to run; says so and starts its clock
 begin() {
@@ -198,9 +262,55 @@ end() { log "Stage $1: done in $((SECONDS / 60)) min $((SECONDS % 60)) s"; }
 for _n in ${skip_stages}; do
     [[ "${_n}" =~ ^[0-9]+$ ]] || die "--skip_stages ${skip_stages}: expected numbers separated by blanks"
 done
-for _n in 6 7 8 9; do
-    [ "${stage}" -ne "${_n}" ] || log "Stage ${_n} is kept free for language models (--use_lm), nothing to do"
-done
+# A stage that was asked for by its number and is switched off says so
+case "${stage}" in
+    6|7|8) "${use_lm}" || log "Stage ${stage} is left out: --use_lm true runs it" ;;
+    9) "${use_ngram}" || log "Stage 9 is left out: --use_ngram true runs it" ;;
+    14) ! "${skip_packing}" || log "Stage 14 is left out: --skip_packing false runs it" ;;
+    15) ! "${skip_upload_hf}" || log "Stage 15 is left out: --skip_upload_hf false runs it" ;;
+esac
+
+# resume_with STAGE FOLDER: leave a run.sh in the folder that goes on from that stage
+resume_with() {
+    mkdir -p "$2"
+    printf '#!/usr/bin/env bash\ncd %q && exec %s --stage %s "$@"\n' "${PWD}" "${_call}" "$1" > "$2/run.sh"
+    chmod +x "$2/run.sh"
+}
+
+# training EXP CONFIG COMMAND...: one of ESPnet's training commands, on this machine or through ESPnet's launcher
+training() {
+    local exp=$1 config=$2; shift 2
+    if [ "${num_nodes}" -eq 1 ] && is_local "${cuda_cmd}"; then
+        OMP_NUM_THREADS=${train_threads} recipe train --exp "${exp}" --config "${config}" \
+            --token_list "${token_list}" -- "$@" --ngpu "${ngpu}" --multiprocessing_distributed true
+    else
+        # shellcheck disable=SC2086
+        OMP_NUM_THREADS=${train_threads} recipe train --launcher --exp "${exp}" --config "${config}" \
+            --token_list "${token_list}" -- ${python} -m espnet2.bin.launch \
+            --cmd "${cuda_cmd} --name ${exp##*/}" --log "${exp}/train.log" --ngpu "${ngpu}" \
+            --num_nodes "${num_nodes}" --init_file_prefix "${exp}/.dist_init_" --multiprocessing_distributed true -- \
+            "$@"
+    fi
+}
+
+# aggregate LOGDIR JOBS FOLDER: the jobs' statistics as one
+aggregate() {
+    local inputs=() job
+    for job in $(seq "$2"); do
+        inputs+=(--input_dir "$1/stats.${job}")
+    done
+    # shellcheck disable=SC2086
+    run ${train_cmd} "$1/aggregate.log" \
+        ${python} -m espnet2.bin.aggregate_stats_dirs "${inputs[@]}" --output_dir "$3"
+}
+
+# split_lists FOLDER PARTS FILE...: each file in so many parts, for --multiple_iterator
+split_lists() {
+    local folder=$1 parts=$2; shift 2
+    # shellcheck disable=SC2086
+    run ${train_cmd} "${folder}/split_scps.log" \
+        ${python} -m espnet2.bin.split_scps --scps "$@" --num_splits "${parts}" --output_dir "${folder}"
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -243,13 +353,14 @@ fi
 
 if begin 5 "tokens: ${token_list}"; then
     need "${data_feats}/${train_set}/text" 4
+    [ -f "${bpe_train_text}" ] || die "--bpe_train_text ${bpe_train_text}: no such file in ${PWD}"
     if [ "${token_type}" = bpe ]; then
         recipe tokens --nbpe "${nbpe}" --bpemode "${bpemode}" --bpe_nlsyms "${bpe_nlsyms}" \
-            --bpe_char_cover "${bpe_char_cover}" --text "${data_feats}/${train_set}/text" \
+            --bpe_char_cover "${bpe_char_cover}" --text "${bpe_train_text}" \
             --output_dir "$(dirname "${token_list}")"
     else
         # shellcheck disable=SC2086
-        recipe jobs --log "$(dirname "${token_list}")/tokenize_text.log" -- \
+        run ${train_cmd} "$(dirname "${token_list}")/tokenize_text.log" \
             ${python} -m espnet2.bin.tokenize_text --token_type "${token_type}" \
             --input "${data_feats}/${train_set}/text" --output "${token_list}.new" --field 2- \
             --non_linguistic_symbols "${nlsyms_txt}" --cleaner "${cleaner}" --g2p none --write_vocabulary true \
@@ -259,17 +370,111 @@ if begin 5 "tokens: ${token_list}"; then
     end 5
 fi
 
+# What stages 6 and 7 tell ESPnet alike
+_lm_options=(
+    --use_preprocessor true --token_type "${token_type}" --token_list "${token_list}" --bpemodel "${bpemodel}"
+    --non_linguistic_symbols "${nlsyms_txt}" --cleaner "${cleaner}" --g2p none
+    --valid_data_path_and_name_and_type "${lm_dev_text},text,text"
+)
+[ -z "${lm_config}" ] || _lm_options+=(--config "${lm_config}")
+_lm_text=${data_feats}/lm_train.txt
+
+# join_lm_text: one text of all that the language models are trained on
+join_lm_text() {
+    local text
+    for text in ${lm_train_text}; do
+        [ "${text}" != "${data_feats}/${train_set}/text" ] || need "${text}" 4
+    done
+    # shellcheck disable=SC2086
+    recipe lm_text --output "${_lm_text}" ${lm_train_text}
+}
+
+if begin 6 "language model statistics: ${lm_stats_dir}"; then
+    need "${token_list}" 5
+    [ -f "${lm_dev_text}" ] || need "${lm_dev_text}" 4
+    [ -z "${lm_config}" ] || [ -f "${lm_config}" ] || die "--lm_config ${lm_config}: no such file in ${PWD}"
+    join_lm_text
+    rm -f "${lm_stats_dir}/train/text_shape.${token_type}"  # written last: stage 7 takes it for a finished stage 6
+    _logdir=${lm_stats_dir}/logdir
+    _jobs=$(python3 -m espnet_mega_plugin.recipe.stats split --nj "${nj}" --logdir "${_logdir}" \
+        --train "${_lm_text}" --valid "${lm_dev_text}")
+    # shellcheck disable=SC2086
+    run ${train_cmd} "JOB=1:${_jobs}" "${_logdir}/stats.JOB.log" \
+        ${python} -m espnet2.bin.lm_train --collect_stats true "${_lm_options[@]}" \
+        --train_data_path_and_name_and_type "${_lm_text},text,text" \
+        --train_shape_file "${_logdir}/train.JOB.scp" --valid_shape_file "${_logdir}/valid.JOB.scp" \
+        --output_dir "${_logdir}/stats.JOB" ${lm_args}
+    aggregate "${_logdir}" "${_jobs}" "${lm_stats_dir}"
+    recipe stats text_shapes --stats_dir "${lm_stats_dir}" --token_list "${token_list}" --token_type "${token_type}"
+    end 6
+fi
+
+if begin 7 "language model training: ${lm_exp}"; then
+    need "${lm_stats_dir}/train/text_shape.${token_type}" 6
+    need "${_lm_text}" 6
+    [ -z "${lm_config}" ] || [ -f "${lm_config}" ] || die "--lm_config ${lm_config}: no such file in ${PWD}"
+    if [ "${num_splits_lm}" -gt 1 ]; then
+        split_lists "${lm_stats_dir}/splits${num_splits_lm}" "${num_splits_lm}" \
+            "${_lm_text}" "${lm_stats_dir}/train/text_shape.${token_type}"
+        _splits=${lm_stats_dir}/splits${num_splits_lm}
+        _lm_options+=(--multiple_iterator true
+            --train_data_path_and_name_and_type "${_splits}/lm_train.txt,text,text"
+            --train_shape_file "${_splits}/text_shape.${token_type}")
+    else
+        _lm_options+=(--train_data_path_and_name_and_type "${_lm_text},text,text"
+            --train_shape_file "${lm_stats_dir}/train/text_shape.${token_type}")
+    fi
+    resume_with 7 "${lm_exp}"
+    # shellcheck disable=SC2086
+    training "${lm_exp}" "${lm_config}" \
+        ${python} -m espnet2.bin.lm_train --resume true "${_lm_options[@]}" \
+        --valid_shape_file "${lm_stats_dir}/valid/text_shape.${token_type}" \
+        --fold_length "${lm_fold_length}" --output_dir "${lm_exp}" ${lm_args}
+    end 7
+fi
+
+if begin 8 "perplexity of ${lm_test_text}"; then
+    need "${lm_exp}/config.yaml" 7
+    need "${lm_exp}/${inference_lm}" 7
+    [ -f "${lm_test_text}" ] || need "${lm_test_text}" 3
+    _ngpu=0; _cmd=${train_cmd}
+    if "${gpu_inference}"; then _ngpu=1; _cmd=${cuda_cmd}; fi
+    # shellcheck disable=SC2086
+    run ${_cmd} --gpu "${_ngpu}" "${lm_exp}/perplexity_test/lm_calc_perplexity.log" \
+        ${python} -m espnet2.bin.lm_calc_perplexity --ngpu "${_ngpu}" \
+        --data_path_and_name_and_type "${lm_test_text},text,text" \
+        --train_config "${lm_exp}/config.yaml" --model_file "${lm_exp}/${inference_lm}" \
+        --output_dir "${lm_exp}/perplexity_test"
+    echo "perplexity of ${lm_test_text}: $(< "${lm_exp}/perplexity_test/ppl")"
+    end 8
+fi
+
+if begin 9 "${ngram_num}-gram: ${ngram_exp}"; then
+    join_lm_text
+    _texts=()
+    for _text in "${lm_dev_text}" "${lm_test_text}"; do
+        [ ! -f "${_text}" ] || _texts+=(--test_text "${_text}")
+    done
+    [ "${token_type}" != bpe ] || need "${bpemodel}" 5
+    recipe ngram --order "${ngram_num}" --text "${_lm_text}" "${_texts[@]}" --units "${ngram_units}" \
+        --token_type "${token_type}" --bpemodel "${bpemodel}" --non_linguistic_symbols "${nlsyms_txt}" \
+        --cleaner "${cleaner}" --output "${ngram_exp}/${ngram_num}gram.arpa"
+    end 9
+fi
+
 # What stages 10 and 11 tell ESPnet alike
 _data_options=(
     --use_preprocessor true --token_type "${token_type}" --token_list "${token_list}" --bpemodel "${bpemodel}"
     --non_linguistic_symbols "${nlsyms_txt}" --cleaner "${cleaner}" --g2p none
-    --train_data_path_and_name_and_type "${data_feats}/${train_set}/wav.scp,speech,sound"
-    --train_data_path_and_name_and_type "${data_feats}/${train_set}/text,text,text"
     --valid_data_path_and_name_and_type "${data_feats}/${valid_set}/wav.scp,speech,sound"
     --valid_data_path_and_name_and_type "${data_feats}/${valid_set}/text,text,text"
 )
 [ -z "${asr_config}" ] || _data_options+=(--config "${asr_config}")
 _model_options=(--frontend_conf "fs=${fs}")
+_whole_set=(
+    --train_data_path_and_name_and_type "${data_feats}/${train_set}/wav.scp,speech,sound"
+    --train_data_path_and_name_and_type "${data_feats}/${train_set}/text,text,text"
+)
 
 if begin 10 "statistics: ${asr_stats_dir}"; then
     for _set in "${train_set}" "${valid_set}"; do
@@ -282,17 +487,11 @@ if begin 10 "statistics: ${asr_stats_dir}"; then
     _jobs=$(python3 -m espnet_mega_plugin.recipe.stats split --nj "${nj}" --logdir "${_logdir}" \
         --train "${data_feats}/${train_set}/wav.scp" --valid "${data_feats}/${valid_set}/wav.scp")
     # shellcheck disable=SC2086
-    recipe jobs --jobs "${_jobs}" --log "${_logdir}/stats.JOB.log" -- \
-        ${python} -m espnet2.bin.asr_transducer_train --collect_stats true "${_data_options[@]}" \
+    run ${train_cmd} "JOB=1:${_jobs}" "${_logdir}/stats.JOB.log" \
+        ${python} -m espnet2.bin.asr_transducer_train --collect_stats true "${_data_options[@]}" "${_whole_set[@]}" \
         --train_shape_file "${_logdir}/train.JOB.scp" --valid_shape_file "${_logdir}/valid.JOB.scp" \
         --output_dir "${_logdir}/stats.JOB" "${_model_options[@]}" ${asr_args}
-    _inputs=()
-    for _job in $(seq "${_jobs}"); do
-        _inputs+=(--input_dir "${_logdir}/stats.${_job}")
-    done
-    # shellcheck disable=SC2086
-    recipe jobs --log "${_logdir}/aggregate.log" -- \
-        ${python} -m espnet2.bin.aggregate_stats_dirs "${_inputs[@]}" --output_dir "${asr_stats_dir}"
+    aggregate "${_logdir}" "${_jobs}" "${asr_stats_dir}"
     recipe stats text_shapes --stats_dir "${asr_stats_dir}" --token_list "${token_list}" --token_type "${token_type}"
     end 10
 fi
@@ -309,17 +508,29 @@ if begin 11 "training: ${asr_exp}"; then
             _model_options+=(--normalize "${feats_normalize}") ;;
     esac
     [ -z "${pretrained_model}" ] || _model_options+=(--init_param "${pretrained_model}")
+    if [ "${num_splits_asr}" -gt 1 ]; then
+        _splits=${asr_stats_dir}/splits${num_splits_asr}
+        split_lists "${_splits}" "${num_splits_asr}" \
+            "${data_feats}/${train_set}/wav.scp" "${data_feats}/${train_set}/text" \
+            "${asr_stats_dir}/train/speech_shape" "${asr_stats_dir}/train/text_shape.${token_type}"
+        _train_set=(--multiple_iterator true
+            --train_data_path_and_name_and_type "${_splits}/wav.scp,speech,sound"
+            --train_data_path_and_name_and_type "${_splits}/text,text,text"
+            --train_shape_file "${_splits}/speech_shape" --train_shape_file "${_splits}/text_shape.${token_type}")
+    else
+        _train_set=("${_whole_set[@]}"
+            --train_shape_file "${asr_stats_dir}/train/speech_shape"
+            --train_shape_file "${asr_stats_dir}/train/text_shape.${token_type}")
+    fi
+    resume_with 11 "${asr_exp}"
     # shellcheck disable=SC2086
-    OMP_NUM_THREADS=${train_threads} recipe train --asr_exp "${asr_exp}" --asr_config "${asr_config}" \
-        --token_list "${token_list}" -- \
+    training "${asr_exp}" "${asr_config}" \
         ${python} -m espnet2.bin.asr_transducer_train --resume true "${_data_options[@]}" "${_model_options[@]}" \
-        --train_shape_file "${asr_stats_dir}/train/speech_shape" \
-        --train_shape_file "${asr_stats_dir}/train/text_shape.${token_type}" \
+        "${_train_set[@]}" \
         --valid_shape_file "${asr_stats_dir}/valid/speech_shape" \
         --valid_shape_file "${asr_stats_dir}/valid/text_shape.${token_type}" \
         --fold_length "$((asr_speech_fold_length * 100))" --fold_length "${asr_text_fold_length}" \
-        --ignore_init_mismatch "${ignore_init_mismatch}" --ngpu "${ngpu}" --multiprocessing_distributed true \
-        --output_dir "${asr_exp}" ${asr_args}
+        --ignore_init_mismatch "${ignore_init_mismatch}" --output_dir "${asr_exp}" ${asr_args}
     end 11
 fi
 
@@ -333,15 +544,23 @@ if begin 12 "decoding: ${asr_exp}/{${inference_tags// /,}}"; then
         [ "${_config}" = none ] || [ -f "${_config}" ] || die "--inference_config ${_config}: no such file in ${PWD}"
     done
     _ngpu=0; ! "${gpu_inference}" || _ngpu=1
+    _lm=()
+    if "${use_lm}"; then
+        need "${lm_exp}/config.yaml" 7
+        need "${lm_exp}/${inference_lm}" 7
+        _lm=(--lm_train_config "${lm_exp}/config.yaml" --lm_file "${lm_exp}/${inference_lm}")
+    fi
     # ESPnet reads --streaming false as true, so it is given only where it is meant
     _streaming=""; ! "${use_streaming}" || _streaming="--streaming true"
     _worker=""; ! "${decode_in_one_process}" || _worker="${python} -m espnet_mega_plugin.recipe.worker"
+    _command=(espnet2.bin.asr_transducer_inference)
+    ! "${batched}" || _command=(espnet_mega_plugin.decode --log_level INFO --progress none)
     # shellcheck disable=SC2086
     recipe decode --asr_exp "${asr_exp}" --data_dir "${data_feats}" --test_sets "${eval_sets}" \
         --configs "${inference_configs}" --tags "${inference_tags}" --nj "${inference_nj}" --worker "${_worker}" -- \
-        ${python} -m espnet2.bin.asr_transducer_inference --ngpu "${_ngpu}" \
+        ${python} -m "${_command[@]}" --ngpu "${_ngpu}" \
         --asr_train_config "${asr_exp}/config.yaml" --asr_model_file "${asr_exp}/${inference_asr_model}" \
-        ${_streaming} ${inference_args}
+        ${_lm[@]+"${_lm[@]}"} ${_streaming} ${inference_args}
     end 12
 fi
 
@@ -355,12 +574,44 @@ if begin 13 "scoring"; then
     # shellcheck disable=SC2086
     recipe score --asr_exp "${asr_exp}" --data_dir "${data_feats}" --test_sets "${eval_sets}" \
         --tags "${inference_tags}" --token_type "${token_type}" "${_bpe[@]}" --cleaner "${cleaner}" ${score_opts}
+    recipe rtf --asr_exp "${asr_exp}" --data_dir "${data_feats}" --test_sets "${eval_sets}" \
+        --tags "${inference_tags}" --fs "${fs}"
     recipe results --asr_exp "${asr_exp}" --expdir "${expdir}"
     end 13
 fi
 
-for _n in 14 15; do
-    [ "${stage}" -ne "${_n}" ] || log "Stage ${_n} is kept free for packing and upload, nothing to do"
-done
+_pack=${asr_exp}/${asr_exp##*/}_${inference_asr_model%.*}.zip
+if begin 14 "packing: ${_pack}"; then
+    need "${asr_exp}/config.yaml" 11
+    need "${asr_exp}/${inference_asr_model}" 11
+    _options=(); _if_there=()
+    if "${use_lm}"; then
+        need "${lm_exp}/config.yaml" 7
+        need "${lm_exp}/${inference_lm}" 7
+        _options+=(--lm_train_config "${lm_exp}/config.yaml" --lm_file "${lm_exp}/${inference_lm}")
+        _if_there+=(--if_there "${lm_exp}/perplexity_test/ppl" --if_there "${lm_exp}/images")
+    fi
+    [ "${feats_normalize}" != global_mvn ] || _options+=(--option "${asr_stats_dir}/train/feats_stats.npz")
+    [ "${token_type}" != bpe ] || _options+=(--option "${bpemodel}")
+    [ "${nlsyms_txt}" = none ] || _options+=(--option "${nlsyms_txt}")
+    for _config in ${inference_configs}; do
+        [ "${_config}" = none ] || _if_there+=(--if_there "${_config}")
+    done
+    # shellcheck disable=SC2086
+    recipe pack --outpath "${_pack}" --if_there "${asr_exp}/RESULTS.md" --if_there "${asr_exp}/images" \
+        ${_if_there[@]+"${_if_there[@]}"} -- \
+        ${python} -m espnet2.bin.pack asr --asr_train_config "${asr_exp}/config.yaml" \
+        --asr_model_file "${asr_exp}/${inference_asr_model}" ${_options[@]+"${_options[@]}"}
+    end 14
+fi
+
+if begin 15 "upload: ${hf_repo}"; then
+    [ -n "${hf_repo}" ] || die "--hf_repo is empty: name the repository on the hub, user/name"
+    need "${_pack}" 14
+    _corpus=$(basename "$(dirname "${PWD}")")
+    recipe hub --pack "${_pack}" --asr_exp "${asr_exp}" --folder "${expdir}/hf_${hf_repo//\//_}" \
+        --repo "${hf_repo}" --corpus "${_corpus}" --lang "${lang}" --license "${hf_license}" --dry_run "${upload_dry_run}"
+    end 15
+fi
 exit 0
 }

@@ -1,0 +1,58 @@
+"""Programs named sbatch, srun and scancel that run a job on this machine, at once, and write down their arguments."""
+
+import shlex
+import sys
+from pathlib import Path
+
+PROGRAMS = {
+    # --wait: tells the job's number, runs it (an array one after the other), ends with the largest exit status
+    "sbatch": """
+        parser.add_argument("--array", default="")
+        parser.add_argument("--nodes", default="1")
+        job, _ = parser.parse_known_args()
+        print(len((HERE / "sbatch.calls").read_text().splitlines()), flush=True)
+        first, _, last = job.array.partition("%")[0].partition("-")
+        worst = 0
+        for task in range(int(first), int(last) + 1) if job.array else [None]:
+            env = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": job.nodes}
+            if task is not None:
+                env["SLURM_ARRAY_TASK_ID"] = str(task)
+            worst = max(worst, subprocess.run(["bash", sys.argv[-1]], env=env).returncode)
+        sys.exit(worst)
+    """,
+    # one task a node, all at once, each with the variables by which ESPnet knows a step of Slurm
+    "srun": """
+        nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+        command = sys.argv[1:]
+        while command[0].startswith("--"):
+            command.pop(0)
+        tasks = []
+        for rank in range(nodes):
+            step = {"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": 0, "SLURM_NTASKS": nodes,
+                    "SLURM_STEP_NUM_NODES": nodes, "SLURM_STEP_NODELIST": "localhost"}
+            env = {**os.environ, **{name: str(value) for name, value in step.items()}}
+            tasks.append(subprocess.Popen(command, env=env))
+        sys.exit(max(task.wait() for task in tasks))
+    """,
+    "scancel": "",
+}  # fmt: skip
+
+
+def install(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, body in PROGRAMS.items():
+        lines = [f"#!{sys.executable}", "import argparse, os, shlex, subprocess, sys", "from pathlib import Path"]
+        lines += ["HERE = Path(__file__).parent", "parser = argparse.ArgumentParser()"]
+        lines += [
+            f'with (HERE / "{name}.calls").open("a") as calls:',
+            "    print(shlex.join(sys.argv[1:]), file=calls)",
+        ]
+        lines += [line.removeprefix(" " * 8) for line in body.splitlines()]
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+
+
+def calls(folder: Path, name: str) -> list[list[str]]:
+    """The arguments of every call of a program, in order."""
+    record = folder / f"{name}.calls"
+    return [shlex.split(line) for line in record.read_text().splitlines()] if record.exists() else []
