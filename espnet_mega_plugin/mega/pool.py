@@ -199,6 +199,11 @@ def _larger(tensor: Tensor, utterances: int, places: int) -> Tensor:
 
 def _move(tensor: Tensor, kept: Tensor) -> None:
     B, n = kept.shape
+    place = torch.arange(n, device=kept.device)
+    # what all hypotheses have in common stays where it is, and that is most of it
+    still = int((kept == place).all(0).cumprod(0).sum()) if B else n
+    if still == n:
+        return
     utterance = torch.arange(B, device=kept.device)[:, None]
     for block in tensor:
-        block[:B, :n] = block[utterance, kept]
+        block[:B, still:n] = block[utterance, kept[:, still:]]

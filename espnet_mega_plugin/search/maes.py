@@ -88,6 +88,7 @@ class Maes:
         """More utterances side by side; `start` them before use."""
         old = self.hypotheses
         self.tree.widen(utterances)
+        self.frames.widen(utterances)
         self.traces.widen(utterances)
         self._utterance = torch.arange(utterances, device=self.tree.device)[:, None]
         more = utterances - old.score.shape[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from espnet_mega_plugin.search.scorer import LabelScorer, Rows
 
 START = 0  # node of the start label
-FIRST = 32  # nodes and leaves an utterance has room for at first
+STEP = 16  # nodes by which the room of an utterance grows
 
 
 class LabelTree:
@@ -31,6 +31,7 @@ class LabelTree:
         """
         self.device, self.scorers, self.reach = device, scorers, reach
         self.utterances, self.nodes, self.leaves = utterances, 0, 0
+        self._used_before = self._most_taken = 0, 0  # nodes and leaves
         self.used_nodes = self.used_leaves = 0  # the most any utterance has taken, or more: known without asking
         # Fixed shapes: rows are never picked out by a mask, because their number would have to be read from the device
         self.fixed_shapes = device.type != "cpu"
@@ -50,7 +51,7 @@ class LabelTree:
         """Make room for so many more nodes and leaves an utterance, whatever they are."""
         need_nodes, need_leaves = self.used_nodes + nodes + self.spare, self.used_leaves + leaves + self.spare
         if need_nodes > self.nodes or need_leaves > self.leaves:
-            self._grow(_doubled(self.nodes, need_nodes), _doubled(self.leaves, need_leaves))
+            self._grow(_room(self.nodes, need_nodes, STEP), _room(self.leaves, need_leaves, 4))
 
     def widen(self, utterances: int) -> None:
         """More utterances side by side; they have nothing until `start`."""
@@ -165,13 +166,19 @@ class LabelTree:
         Returns:
             live: the same nodes by their new numbers. (B, H)
         """
+        # Taken between two calls so far: with as much room, nothing has to grow while hypotheses are not in hand
+        since = self._used_before
+        self._most_taken = max(self._most_taken[0], self.used_nodes - since[0]), max(
+            self._most_taken[1], self.used_leaves - since[1]
+        )
+        nodes, leaves = max(nodes, self._most_taken[0]), max(leaves, self._most_taken[1])
         if self.used_nodes + nodes + self.spare > self.nodes:
             live = self._compact_nodes(live, wanted)
-            # a third of the room stays free, so that moving is rare
-            self.reserve(max(nodes, self.used_nodes // 2), 0)
+            self.reserve(nodes, 0)
         if self.used_leaves + leaves + self.spare > self.leaves:
             self._compact_leaves(live, wanted)
-            self.reserve(0, max(leaves, self.used_leaves))
+            self.reserve(0, leaves)
+        self._used_before = self.used_nodes, self.used_leaves
         return live
 
     def _compact_nodes(self, live: Tensor, wanted: Tensor) -> Tensor:
@@ -196,6 +203,8 @@ class LabelTree:
 
         parent = self.parent.gather(1, kept)
         new_parent = torch.where(parent >= 0, old_to_new.gather(1, parent.clamp(min=0)), parent)
+        # out of reach, and taken up by another node: nothing may be found under it
+        new_parent = torch.where((parent >= 0) & ~keep.gather(1, parent.clamp(min=0)), -2, new_parent)
         self.parent = torch.full_like(self.parent, -2)
         self.parent[:, :used] = new_parent.masked_fill(free, -2)
         self.label, self.depth = moved(self.label, 0), moved(self.depth, 0)
@@ -238,6 +247,7 @@ class LabelTree:
     def _grow(self, nodes: int, leaves: int) -> None:
         more_nodes, more_leaves = nodes - self.nodes, leaves - self.leaves
         pad = torch.nn.functional.pad
+        self.parent[:, self.nodes - self.spare :] = -2  # the spare place is now one like any other
         self.parent = pad(self.parent, (0, more_nodes), value=-2)
         self.label, self.depth = pad(self.label, (0, more_nodes)), pad(self.depth, (0, more_nodes))
         self.leaf = pad(self.leaf, (0, more_nodes), value=-1)
@@ -256,8 +266,11 @@ def put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: 
     tensor[utterance, place] = value.to(tensor.dtype)
 
 
-def _doubled(now: int, need: int) -> int:
-    return now if need <= now else max(need, 2 * now, FIRST)
+def _room(now: int, need: int, step: int) -> int:
+    """Doubled while it is small; then in steps, because a node of a large model is 18 KiB and a leaf 32."""
+    if need <= now:
+        return now
+    return max(2 * now if now < 4 * step else 0, -(-need // step) * step)
 
 
 def _order(keep: Tensor, used: int) -> tuple[Tensor, Tensor]:
