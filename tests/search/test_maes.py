@@ -1,0 +1,98 @@
+"""mAES: the plain one is ESPnet's, unpruned it is the brute-force sum, and the batched one is the plain one."""
+
+import random
+
+import plain
+import pytest
+from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
+from search_oracles import every_sequence, log_probability, numbered_frames, over_alignments, random_table
+from search_problems import (
+    WINDOWS,
+    assert_same,
+    assert_same_nbest,
+    fixed_shapes,
+    random_lengths,
+    random_options,
+    tabled_problem,
+)
+
+
+def test_the_brute_force_sum_is_that_over_alignments():
+    table = random_table(V=3, peak=1.0, blank=0.0, seed=random.randrange(2**31))
+    for T in (0, 1, 2, 3):
+        for most in (1, 2, None):
+            for labels in every_sequence(3, 3):
+                expected = over_alignments(table, T, labels, most)
+                assert log_probability(table, T, labels, most) == pytest.approx(expected, abs=1e-12)
+
+
+def test_plain_search_is_espnets():
+    for _ in range(25):
+        problem = tabled_problem([random.randint(0, 6)])
+        options = random_options("maes", problem.V)
+        theirs = BeamSearchTransducer(problem.decoder, problem.joint, **options)(problem.utterance(0))
+        ours = plain.search(problem.log_probs[0], problem.lengths[0], options)
+        assert_same_nbest(theirs, ours, traces=False)
+
+
+@pytest.mark.parametrize(("T", "nstep"), [(3, 2), (2, 3), (1, 3), (4, 1)])
+def test_unpruned_plain_search_is_the_brute_force_sum(T, nstep):
+    table = random_table(V=3, peak=1.0, blank=0.0, seed=random.randrange(2**31))
+    found = plain.maes(table, T, beam_size=1000, nstep=nstep, expansion_gamma=1e5, expansion_beta=0)
+    assert_is_every_sequence(found, table, T, nstep)
+
+
+def assert_is_every_sequence(found, table, T, nstep):
+    scores = {one.labels: one.score for one in found}
+    assert len(scores) == len(found)
+    expected = {labels: log_probability(table, T, labels, nstep) for labels in every_sequence(3, T * nstep)}
+    assert scores.keys() == expected.keys()
+    assert [scores[labels] for labels in expected] == pytest.approx(list(expected.values()), abs=1e-9)
+
+
+def test_unpruned_batched_search_is_the_brute_force_sum():
+    """The vocabulary has to be as large as the beam; all but two labels are out of the question."""
+    small = random_table(V=3, peak=1.0, blank=0.0, seed=random.randrange(2**31))
+    impossible = [-1e9] * 128
+    lengths = [3, 2, 3]
+    problem = tabled_problem(lengths, V=131, peak=1.0, table=lambda t, labels: [*small(t, labels), *impossible])
+    options = {"search_type": "maes", "beam_size": 127, "expansion_beta": 2, "nbest": 1000, "nstep": 2}
+    lists = problem.found(options, expansion_gamma=1e5)
+    first = numbered_frames(lengths)[2]
+    for nbest, T, start in zip(lists, lengths, first, strict=True):
+        found = [plain.Hypothesis(one.score, tuple(one.yseq[1:])) for one in nbest]
+        assert_is_every_sequence(found, lambda t, labels, start=start: small(start + t, labels), T, 2)
+
+
+def test_batched_search_is_the_plain_one():
+    for _ in range(60):
+        problem = tabled_problem(random_lengths(3))
+        options = random_options("maes", problem.V)
+        lists = problem.found(options, window=random.choice(WINDOWS))
+        for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+            assert_same_nbest(nbest, plain.search(log_probs, T, options))
+
+
+@pytest.mark.parametrize("gamma", [2.3, 10.0])
+def test_fixed_shapes_change_nothing(gamma):
+    for _ in range(12):
+        problem = tabled_problem(random_lengths(3, longest=6))
+        options = random_options("maes", problem.V) | {"expansion_gamma": gamma}
+        as_they_come = problem.found(options, window=3)
+        with fixed_shapes():
+            assert_same(problem.found(options, window=3), as_they_come)
+
+
+def test_rows_of_the_prediction_network_do_not_grow_with_gamma():
+    """What the bound is for: ESPnet's mAES scores every candidate, many of them over and over."""
+    rows, theirs = {}, {}
+    for gamma in (2.3, 10.0):
+        random.seed(0)
+        problem = tabled_problem([40], V=8, peak=2.0)
+        options = {"search_type": "maes", "beam_size": 4, "nstep": 2, "expansion_gamma": gamma, "expansion_beta": 2}
+        problem.found(options)
+        rows[gamma] = problem.decoder.rows
+        BeamSearchTransducer(problem.decoder, problem.joint, **options)(problem.utterance(0))
+        theirs[gamma] = problem.decoder.rows - rows[gamma]
+    print(rows, theirs)
+    assert rows[10.0] < 2 * rows[2.3] and 10 * rows[10.0] < theirs[10.0]

@@ -1,0 +1,127 @@
+"""Streams: whatever pieces the frames come in and whoever else is there, a stream gives what the whole gives."""
+
+import copy
+import random
+
+import pytest
+import torch
+from search_problems import (
+    WINDOWS,
+    assert_same,
+    fixed_shapes,
+    network_problem,
+    random_options,
+    tabled_problem,
+)
+
+TYPES = ("greedy", "maes", "tsd")
+
+
+@pytest.mark.parametrize("search_type", TYPES)
+def test_pieces_of_any_size_are_the_whole(search_type):
+    problem = tabled_problem([11])
+    search = problem.search(random_options(search_type, problem.V), window=4)
+    [whole] = search(problem.encoder_out)
+    for size in range(1, 13):
+        streams = search.streams()
+        stream = streams.open()
+        for piece in problem.utterance(0).split(size):
+            streams.push({stream: piece})
+        assert_same([streams.close(stream)], [whole])
+
+
+def play(problem, options, most_at_once: int) -> None:
+    """Each utterance is a stream, several of them at once, each coming, pushing and leaving when it likes. What one has
+    so far is what a search over its frames so far gives; that it stays what it was."""
+    search = problem.search(options, window=random.choice(WINDOWS))
+    streams, waiting, open_, kept = search.streams(), list(range(len(problem.lengths))), {}, []
+    random.shuffle(waiting)
+    while waiting or open_:
+        if waiting and len(open_) < most_at_once and random.random() < 0.5:
+            open_[streams.open()] = [waiting.pop(), 0]
+        pushed = {}
+        for stream, (b, done) in list(open_.items()):
+            if done == problem.lengths[b] and random.random() < 0.7:
+                assert_same([streams.close(stream)], search(problem.utterance(b)[None]))
+                del open_[stream]
+            elif random.random() < 0.7:
+                more = min(random.choice((0, 1, 1, 3, 6)), problem.lengths[b] - done)
+                pushed[stream] = problem.utterance(b)[done : done + more]
+                open_[stream][1] += more
+        streams.push(pushed)
+        assert len(streams) == len(open_)
+        for stream, (b, done) in open_.items():
+            if random.random() < 0.2:
+                partial = streams.partial(stream)
+                assert_same([partial], search(problem.utterance(b)[None, :done]))
+                kept.append((partial, copy.deepcopy(partial)))
+    assert kept
+    for partial, as_it_was in kept:
+        assert partial == as_it_was
+        assert [one.score for one in partial] == sorted((one.score for one in partial), reverse=True)
+
+
+@pytest.mark.parametrize("search_type", TYPES)
+def test_streams_come_and_go(search_type):
+    for _ in range(3):
+        problem = tabled_problem([random.choice((0, 1, 5, 10)) for _ in range(10)])
+        play(problem, random_options(search_type, problem.V), most_at_once=4)
+
+
+@pytest.mark.parametrize("kind", ["simple", "rotary-truncated", "chunk", "window", "stateless", "lstm"])
+def test_streams_come_and_go_over_networks(kind):
+    problem = network_problem(kind, [10, 3, 0, 7, 12])
+    play(problem, random_options("maes", problem.V), most_at_once=3)
+
+
+@pytest.mark.parametrize("search_type", TYPES)
+def test_streams_come_and_go_with_fixed_shapes(search_type):
+    problem = tabled_problem([random.choice((0, 1, 5)) for _ in range(6)])
+    options = random_options(search_type, problem.V)
+    with fixed_shapes():
+        play(problem, options, most_at_once=3)
+    problem = network_problem("simple", [10, 3, 7])
+    with fixed_shapes():
+        play(problem, options | {"beam_size": 2}, most_at_once=2)
+
+
+def test_a_stream_without_frames_has_the_start_alone():
+    problem = tabled_problem([3])
+    streams = problem.search({"search_type": "maes"} | {"beam_size": 1}).streams()
+    stream = streams.open()
+    [one] = streams.partial(stream)
+    assert (one.yseq, one.score, one.frames) == ([0], 0.0, [])
+    assert streams.close(stream) == [one]
+
+
+def test_a_stream_whose_scores_are_no_numbers_leaves_the_others_alone():
+    problem = tabled_problem([6, 6])
+    search = problem.search(random_options("maes", problem.V))
+    streams = search.streams()
+    good, bad = streams.open(), streams.open()
+    for t in range(6):
+        piece = problem.utterance(0)[t : t + 1]
+        streams.push({good: piece, bad: torch.full_like(piece, torch.nan)})
+    assert streams.close(bad) == []
+    fresh = streams.open()  # in the same place
+    streams.push({fresh: problem.utterance(1)})
+    for stream, b in ((good, 0), (fresh, 1)):
+        assert_same([streams.close(stream)], search(problem.utterance(b)[None]))
+
+
+def test_streams_that_are_not_open_are_refused():
+    problem = tabled_problem([3])
+    streams = problem.search({"search_type": "maes", "beam_size": 1}).streams()
+    stream = streams.open()
+    streams.close(stream)
+    for call in (streams.close, streams.partial, lambda stream: streams.push({stream: problem.utterance(0)})):
+        with pytest.raises(KeyError, match=f"stream {stream} is not open"):
+            call(stream)
+    other = streams.open()
+    assert other != stream  # a number is not given twice
+
+
+def test_alsd_has_no_streams():
+    problem = tabled_problem([3])
+    with pytest.raises(ValueError, match="alsd needs the whole utterance"):
+        problem.search({"search_type": "alsd", "beam_size": 1}).streams()
