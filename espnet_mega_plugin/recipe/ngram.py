@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from espnet_mega_plugin.recipe.kaldi_dir import read_table
+from espnet_mega_plugin.recipe.score import splitters, text_cleaner
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 FALLBACK = (0.5, 1.0, 1.5)
@@ -172,15 +173,17 @@ def write_arpa(model: Ngram, path: Path) -> None:
     new.replace(path)
 
 
-def tokenizer(units: str, token_type: str, bpemodel: str | None, symbols: str | None, cleaner: str | None):
-    """Text -> the tokens that are counted: the recogniser's, by ESPnet's own tokenizer, or words."""
-    from espnet2.text.build_tokenizer import build_tokenizer
-    from espnet2.text.cleaner import TextCleaner
+def tokenizer(units: str, token_type: str, bpemodel: str, symbols: str, cleaner: str):
+    """Text -> the tokens that are counted: the recogniser's, or words. `none` for no symbols and no cleaner."""
+    clean = text_cleaner(cleaner)
+    if units == "word" or symbols == "none":
+        name = "wer" if units == "word" else "ter"
+        split = splitters("word" if units == "word" else token_type, Path(bpemodel))[name]
+        return lambda text: split(clean(text))
+    from espnet2.text.build_tokenizer import build_tokenizer  # takes seconds
 
-    clean = TextCleaner(cleaner)
-    kind = "word" if units == "word" else token_type
-    split = build_tokenizer(kind, bpemodel=bpemodel, non_linguistic_symbols=symbols)
-    return lambda text: split.text2tokens(clean(text))
+    espnets = build_tokenizer(token_type, bpemodel=bpemodel, non_linguistic_symbols=symbols)
+    return lambda text: espnets.text2tokens(clean(text))
 
 
 def main() -> None:
@@ -190,15 +193,13 @@ def main() -> None:
     parser.add_argument("--test_text", type=Path, action="append", default=[], help="its perplexity is told")
     parser.add_argument("--units", choices=UNITS, default="token")
     parser.add_argument("--token_type", required=True, choices=("bpe", "char", "word"))
-    parser.add_argument("--bpemodel", default=None)
-    parser.add_argument("--non_linguistic_symbols", default=None)
-    parser.add_argument("--cleaner", default=None)
+    parser.add_argument("--bpemodel", default="none")
+    parser.add_argument("--non_linguistic_symbols", default="none")
+    parser.add_argument("--cleaner", default="none")
     parser.add_argument("--output", type=Path, required=True, help="the ARPA file")
     args = parser.parse_args()
-    none = {"none": None, "": None}
-    options = [none.get(value, value) for value in (args.bpemodel, args.non_linguistic_symbols, args.cleaner)]
     try:
-        tokens = tokenizer(args.units, args.token_type, *options)
+        tokens = tokenizer(args.units, args.token_type, args.bpemodel, args.non_linguistic_symbols, args.cleaner)
         model = estimate(map(tokens, read_table(args.text, empty_values=True).values()), args.order)
         write_arpa(model, args.output)
         print(f"{args.output}: {', '.join(f'{len(g)} {n}-grams' for n, g in enumerate(model.logs, start=1))}")

@@ -1,9 +1,10 @@
 """Stage 13: the real-time factor of a decoding, seconds of computing for a second of audio.
 
-It is read from the logs of stage 12: ESPnet's command says when it is done with an utterance, so the time between two
-such lines is what the second one took. The first one of a job has no line before it and is left out, together with the
-loading of the model. Jobs that run side by side share the machine, so a figure is one of so many jobs at a time; for
-the speed of a machine by itself decode with --inference_nj 1.
+It is read from the logs of stage 12. The plugin's command (--batched true) ends with how long it took for how much
+audio. ESPnet's says when it is done with an utterance, so the time between two such lines is what the second one took;
+the first one of a job has no line before it and is left out, together with the loading of the model. Jobs that run side
+by side share the machine, so a figure is one of so many jobs at a time; for the speed of a machine by itself decode
+with --inference_nj 1.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from espnet_mega_plugin.recipe.kaldi_dir import read_table
 DONE = re.compile(
     r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) .*?(?:INFO: Final best hypothesis: |WARNING: Utterance )[\[(]'([^']+)'"
 )
+SUMMARY = re.compile(r"INFO: (\d+) utterances, ([\d.]+) s of audio in ([\d.]+) s, RTF ")  # decode/progress.py
 LINE = re.compile(r"RTF (\S+): (\S+) s for (\S+) s of audio, (\d+) utterances, (\d+) jobs")
 
 
@@ -55,7 +57,13 @@ def speed(logs: Iterable[Path], seconds: Mapping[str, float]) -> Speed:
     utterances = jobs = 0
     for log in logs:
         jobs += 1
-        done = finished(log.read_text(encoding="utf-8", errors="replace").splitlines())
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if summary := SUMMARY.search(text):
+            utterances += int(summary.group(1))
+            audio += float(summary.group(2))
+            computing += float(summary.group(3))
+            continue
+        done = finished(text.splitlines())
         for (before, _), (after, utterance) in zip(done, done[1:], strict=False):
             computing += after - before
             audio += seconds[utterance]

@@ -10,14 +10,17 @@ PROGRAMS = {
         parser.add_argument("--array", default="")
         parser.add_argument("--nodes", default="1")
         job, _ = parser.parse_known_args()
-        print(len((HERE / "sbatch.calls").read_text().splitlines()), flush=True)
+        number = len((HERE / "sbatch.calls").read_text().splitlines())
+        print(number, flush=True)
         first, _, last = job.array.partition("%")[0].partition("-")
         worst = 0
         for task in range(int(first), int(last) + 1) if job.array else [None]:
             env = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": job.nodes}
             if task is not None:
                 env["SLURM_ARRAY_TASK_ID"] = str(task)
-            worst = max(worst, subprocess.run(["bash", sys.argv[-1]], env=env).returncode)
+            process = subprocess.Popen(["bash", sys.argv[-1]], env=env, start_new_session=True)
+            (HERE / f"{number}.pid").write_text(str(process.pid))
+            worst = max(worst, process.wait())
         sys.exit(worst)
     """,
     # one task a node, all at once, each with the variables by which ESPnet knows a step of Slurm
@@ -34,7 +37,9 @@ PROGRAMS = {
             tasks.append(subprocess.Popen(command, env=env))
         sys.exit(max(task.wait() for task in tasks))
     """,
-    "scancel": "",
+    "scancel": """
+        os.killpg(int((HERE / f"{sys.argv[1]}.pid").read_text()), 15)
+    """,
 }  # fmt: skip
 
 

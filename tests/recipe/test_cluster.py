@@ -23,13 +23,16 @@ SLURM = str(REPOSITORY / "egs" / "TEMPLATE" / "asr1" / "utils" / "slurm.pl")
 RUN = str(REPOSITORY / "egs" / "TEMPLATE" / "asr1" / "utils" / "run.pl")
 
 
+@pytest.fixture(autouse=True)
+def this_python(monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A folder to work in, with the stand-ins on PATH."""
     install(tmp_path / "bin")
-    monkeypatch.setenv(
-        "PATH", f"{tmp_path / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -147,13 +150,13 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
 
 
 def test_who_stops_waiting_cancels(slurm):
-    process = subprocess.Popen([SLURM, "log/x.log", "sleep", "60"], stderr=subprocess.PIPE)
+    process = subprocess.Popen([SLURM, "log/x.log", "sleep", "60"])
     give_up = time.monotonic() + 30
     while not (slurm / "log" / "x.log").exists():
         assert time.monotonic() < give_up
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.wait(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and calls(slurm / "bin", "scancel") == [["1"]]
 
 

@@ -155,7 +155,9 @@ def test_an_interrupted_training_resumes(trained):
     first = int(re.search(r"stopped while it wrote its checkpoint; going on after epoch (\d+)", output).group(1)) + 1
     assert 1 < first <= before + 1
     assert epochs == [*range(1, before + 1), *range(first, EPOCHS + 1)]
-    assert [int(n) for n in re.findall(r"^epoch +(\d+)/", output, re.MULTILINE)] == list(range(first, EPOCHS + 1))
+    assert [int(n) for n in re.findall(r"^epoch +(\d+)/\d+ +train loss", output, re.MULTILINE)] == list(
+        range(first, EPOCHS + 1)
+    )
     assert not list((folder / EXP).glob("*.backup"))
 
 
@@ -416,7 +418,7 @@ def test_two_machines_are_one(alone, tmp_path):
         for epochs in ("1", "2"):
             arguments = f"--batch_size 2 --accum_grad 2 --max_epoch {epochs}"
             output = run(folder, *options, *cluster, "--asr_args", arguments)
-            assert re.search(rf"^epoch +{epochs}/{epochs} ", output, re.MULTILINE)
+            assert re.search(rf"^epoch +{epochs}/{epochs} +train loss", output, re.MULTILINE)
     for epoch in (1, 2):
         together, once = weights(folder, f"together/{epoch}epoch.pth"), weights(folder, f"alone/{epoch}epoch.pth")
         torch.testing.assert_close(together, once, rtol=1e-4, atol=1e-5)

@@ -200,6 +200,9 @@ def test_real_time_factor_is_read_from_the_logs(experiment, tmp_path):
     for tag in ("decode_a", "decode_b"):
         (experiment / tag / "test" / "logdir").mkdir()
     logs = experiment / "decode_a" / "test" / "logdir"
+    (experiment / "decode_b" / "test" / "logdir" / "asr_inference.1.log").write_text(
+        "[vm] 2026-11-22 15:00:00 (command:75) INFO: 3 utterances, 8.0 s of audio in 2.0 s, RTF 0.2500; 1 skipped\n"
+    )
     (logs / "asr_inference.1.log").write_text(INFERENCE_LOG)
     (logs / "asr_inference.2.log").write_text(INFERENCE_LOG[: INFERENCE_LOG.index("2026-11-22 15:00:10")])
     write_table(tmp_path / "dump/raw/test/utt2num_samples", {"s-1": "99", "s-2": "32000", "s-3": "8000"})
@@ -209,7 +212,7 @@ def test_real_time_factor_is_read_from_the_logs(experiment, tmp_path):
     assert said == "RTF 0.5000: 2.50 s for 5.00 s of audio, 2 utterances, 2 jobs\n"
     page = results_page([experiment], experiment)
     table = "### RTF\n\n|dataset|Snt|Audio s|Decoding s|Jobs|RTF|\n|---|---|---|---|---|---|\n"
-    assert page.endswith(f"{table}|decode_a/test|2|5.0|2.5|2|0.500|\n")  # nothing was timed of decode_b
+    assert page.endswith(f"{table}|decode_a/test|2|5.0|2.5|2|0.500|\n|decode_b/test|3|8.0|2.0|1|0.250|\n")
 
 
 def test_missing_decoding_and_unreadable_result(experiment, tmp_path):

@@ -64,7 +64,7 @@ def test_a_launched_training_is_read_and_not_written(tmp_path, capsys):
     """The cluster's job writes train.log, anew; what the launcher says is kept apart."""
     exp = tmp_path / "exp"
     exp.mkdir()
-    (exp / "train.log").write_text("INFO: 1epoch results: [train] loss=1, [valid] loss=1\n")
+    train_epoch(exp, 1)
     (tmp_path / "new.log").write_text(LOG)
     job = "import os, sys; os.rename(sys.argv[1], sys.argv[1] + '.old'); os.rename(sys.argv[2], sys.argv[1]); print('launched')"
     command = [sys.executable, "-c", job, str(exp / "train.log"), str(tmp_path / "new.log")]

@@ -85,7 +85,7 @@ inference_args=""           # Options for ESPnet's decoding, such as "--beam_siz
 inference_tag=""            # Name of the decoding; empty: made from the configuration's name and the options.
 inference_asr_model=valid.loss.ave.pth  # Parameters to decode with.
 use_streaming=false         # Decode in chunks, as the audio would come in.
-batched=false               # Decode in batches with the plugin's own search
+batched=false               # Decode in batches with the plugin's own search.
 decode_in_one_process=true  # Keep ESPnet loaded between decoding jobs; false: a new process for each.
 score_opts=""               # Scoring: -s makes letters of different case differ.
 # Upload
@@ -230,6 +230,7 @@ for _config in ${inference_configs}; do
     ! "${batched}" || [[ "${_tag}" == *_batched ]] || _tag=${_tag}_batched
     _tag+=$(squeezed "${inference_args}")
     ! "${use_lm}" || _tag+=_lm_${lm_exp##*/}_$(stem "${inference_lm}")
+    { ! "${use_ngram}" || ! "${batched}"; } || _tag+=_ngram_${ngram_exp##*/}_${ngram_num}gram
     inference_tags+=" ${_tag}_asr_model_$(stem "${inference_asr_model}")"
 done
 inference_tags=${inference_tags# }
@@ -549,6 +550,10 @@ if begin 12 "decoding: ${asr_exp}/{${inference_tags// /,}}"; then
         need "${lm_exp}/config.yaml" 7
         need "${lm_exp}/${inference_lm}" 7
         _lm=(--lm_train_config "${lm_exp}/config.yaml" --lm_file "${lm_exp}/${inference_lm}")
+    fi
+    if "${use_ngram}" && "${batched}"; then  # ESPnet's transducer search takes none
+        need "${ngram_exp}/${ngram_num}gram.arpa" 9
+        _lm+=(--ngram_file "${ngram_exp}/${ngram_num}gram.arpa")
     fi
     # ESPnet reads --streaming false as true, so it is given only where it is meant
     _streaming=""; ! "${use_streaming}" || _streaming="--streaming true"
