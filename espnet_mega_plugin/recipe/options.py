@@ -5,11 +5,13 @@ The script declares its options between two marker lines, one shell assignment e
     # options begin
     # General
     stage=1             # First stage to run.
+    # not --use_k2: k2 does not decode transducers
     # options end
 
 `python3 -m espnet_mega_plugin.recipe.options SCRIPT "$@"` prints the assignments for the shell to eval. Rules:
 `--name value` (no `=`), dashes in a name mean underscores, the last occurrence wins, a default of true or false
-takes only true or false, a numeric default takes only numbers.
+takes only true or false, a numeric default takes only numbers. A line `# not --name: reason` refuses an option that
+users of ESPnet's script know, with its reason.
 """
 
 import difflib
@@ -20,16 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DECLARATION = re.compile(r"^([a-z]\w*)=(\"[^\"]*\"|[^\s#]*)\s*(?:# ?(.*))?$")
+REFUSAL = re.compile(r"^# not --(\w+): (.*)$")
 INTEGER = re.compile(r"^-?\d+$")
 NUMBER = re.compile(r"^-?\d*\.?\d+(e-?\d+)?$")
 
 
 @dataclass(frozen=True)
 class Option:
+    """One line; an option with a `refusal` takes no value."""
+
     name: str
     default: str
     help: str
     section: str
+    refusal: str = ""
 
 
 def declared_options(script: Path) -> dict[str, Option]:
@@ -44,6 +50,8 @@ def declared_options(script: Path) -> dict[str, Option]:
         if found := DECLARATION.match(line):
             name, default, text = found.groups()
             options[name] = Option(name, default.strip('"'), text or "", section)
+        elif found := REFUSAL.match(line):
+            options[found.group(1)] = Option(found.group(1), "", "", section, refusal=found.group(2))
         elif line.startswith("# "):
             section = line[2:]
         elif line.strip():
@@ -68,6 +76,8 @@ def parse(arguments: list[str], options: dict[str, Option]) -> dict[str, str]:
         name = flag[2:].replace("-", "_")
         if name not in options:
             raise ValueError(f"unknown option {flag}{_nearest(name, options)}; --help lists all")
+        if options[name].refusal:
+            raise ValueError(f"option {flag} of ESPnet's script is not here: {options[name].refusal}")
         if not rest:
             raise ValueError(f"option {flag} needs a value")
         values[name] = _checked(options[name], rest.pop(0))
@@ -75,7 +85,8 @@ def parse(arguments: list[str], options: dict[str, Option]) -> dict[str, str]:
 
 
 def _nearest(name: str, options: dict[str, Option]) -> str:
-    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    here = [known for known, option in options.items() if not option.refusal]
+    near = difflib.get_close_matches(name, here, n=3, cutoff=0.5)
     return "; did you mean " + ", ".join(f"--{n}" for n in near) + "?" if near else ""
 
 
@@ -97,7 +108,7 @@ def help_text(script: Path, options: dict[str, Option]) -> str:
     """Every option with its default, by section."""
     lines = [f"Usage: {script.name} [--name value]..."]
     section = None
-    for option in options.values():
+    for option in (option for option in options.values() if not option.refusal):
         if option.section != section:
             section = option.section
             lines += ["", f"{section}:"]

@@ -88,10 +88,25 @@ use_streaming=false         # Decode in chunks, as the audio would come in.
 batched=false               # Decode in batches with the plugin's own search.
 decode_in_one_process=true  # Keep ESPnet loaded between decoding jobs; false: a new process for each.
 score_opts=""               # Scoring: -s makes letters of different case differ.
+local_score_opts=""         # Options for local/score.sh, which runs after scoring where a recipe has it.
 # Upload
 hf_repo=""                  # Repository on the hub, user/name (stage 15).
 hf_license=cc-by-4.0        # Licence of the model, as the hub spells it.
 upload_dry_run=false        # Make the folder that would be sent, list it, send nothing.
+# Not here
+# not --use_k2: k2 decodes ESPnet's CTC and attention models, not transducers
+# not --use_word_lm: ESPnet has no word language model for decoding either; --token_type word has words for tokens
+# not --use_lightning: ESPnet's Lightning trainer is for its task asr alone
+# not --use_maskctc: Mask-CTC is another model than a transducer
+# not --g2p: phonemes (token type phn) are for speech synthesis
+# not --oov: the symbols are ESPnet's own, <blank>, <unk> and <sos/eos>
+# not --blank: the symbols are ESPnet's own, <blank>, <unk> and <sos/eos>
+# not --sos_eos: the symbols are ESPnet's own, <blank>, <unk> and <sos/eos>
+# not --bpe_input_sentence_size: sentencepiece reads all of the text; a shorter one can be given as --bpe_train_text
+# not --batch_size: ESPnet's command decodes one utterance at a time; --batched true decodes batches
+# not --inference_ngram: --ngram_exp and --ngram_num name the n-gram
+# not --download_model: unpack the model and name its folder with --asr_exp, see egs/README.md
+# not --skip_upload: it is two options, --skip_packing and --skip_upload_hf
 # options end
 
 # In braces: bash reads all of it before it starts, so editing this file does not disturb a run
@@ -560,9 +575,12 @@ if begin 12 "decoding: ${asr_exp}/{${inference_tags// /,}}"; then
     _worker=""; ! "${decode_in_one_process}" || _worker="${python} -m espnet_mega_plugin.recipe.worker"
     _command=(espnet2.bin.asr_transducer_inference)
     ! "${batched}" || _command=(espnet_mega_plugin.decode --log_level INFO --progress none)
+    _cmd=${decode_cmd}; ! "${gpu_inference}" || _cmd=${cuda_cmd}
+    _submit=""; is_local "${_cmd}" || _submit="${_cmd} --gpu ${_ngpu}"
     # shellcheck disable=SC2086
     recipe decode --asr_exp "${asr_exp}" --data_dir "${data_feats}" --test_sets "${eval_sets}" \
-        --configs "${inference_configs}" --tags "${inference_tags}" --nj "${inference_nj}" --worker "${_worker}" -- \
+        --configs "${inference_configs}" --tags "${inference_tags}" --nj "${inference_nj}" --worker "${_worker}" \
+        ${_submit:+--submit "${_submit}"} -- \
         ${python} -m "${_command[@]}" --ngpu "${_ngpu}" \
         --asr_train_config "${asr_exp}/config.yaml" --asr_model_file "${asr_exp}/${inference_asr_model}" \
         ${_lm[@]+"${_lm[@]}"} ${_streaming} ${inference_args}
@@ -581,6 +599,8 @@ if begin 13 "scoring"; then
         --tags "${inference_tags}" --token_type "${token_type}" "${_bpe[@]}" --cleaner "${cleaner}" ${score_opts}
     recipe rtf --asr_exp "${asr_exp}" --data_dir "${data_feats}" --test_sets "${eval_sets}" \
         --tags "${inference_tags}" --fs "${fs}"
+    # shellcheck disable=SC2086
+    [ ! -x local/score.sh ] || run local/score.sh ${local_score_opts} "${asr_exp}"
     recipe results --asr_exp "${asr_exp}" --expdir "${expdir}"
     end 13
 fi
