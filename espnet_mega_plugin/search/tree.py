@@ -20,6 +20,7 @@ from torch import Tensor
 from espnet_mega_plugin.search.scorer import LabelScorer, Rows
 
 START = 0  # node of the start label
+APART = 4  # times that room is made before a GPU is waited for: what was taken is known only as the most it can be
 STEP = 16  # nodes by which the room of an utterance grows
 
 
@@ -172,12 +173,15 @@ class LabelTree:
             self._most_taken[1], self.used_leaves - since[1]
         )
         nodes, leaves = max(nodes, self._most_taken[0]), max(leaves, self._most_taken[1])
+        if self.fixed_shapes and not self._used_before[0]:  # at first: nothing to give up yet
+            self.reserve(APART * nodes, APART * leaves)
+        apart = APART if self.fixed_shapes else 1
         if self.used_nodes + nodes + self.spare > self.nodes:
             live = self._compact_nodes(live, wanted)
-            self.reserve(nodes, 0)
+            self.reserve(apart * nodes, 0)
         if self.used_leaves + leaves + self.spare > self.leaves:
             self._compact_leaves(live, wanted)
-            self.reserve(0, leaves)
+            self.reserve(0, apart * leaves)
         self._used_before = self.used_nodes, self.used_leaves
         return live
 

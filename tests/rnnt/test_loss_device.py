@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from no_waiting import NoWaiting
 from rnnt_problems import inside, random_problem
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from espnet_mega_plugin.rnnt import (
     arguments,
@@ -82,18 +82,6 @@ def test_unchecked_labels_give_nan_to_their_utterance(other_device, value):
     costs, gradient = costs_and_gradient(problem._replace(labels=labels))
     assert costs.isnan().tolist() == [True, False, False]
     assert gradient[0].isnan().any() and gradient[1:].isfinite().all()
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses copies between devices that make the host wait; torch's fake tensors refuse to tell values and sizes."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten._to_copy.default and found.device != args[0].device:
-            assert kwargs.get("non_blocking"), f"a copy to {found.device} that waits"
-        if function is torch.ops.aten.copy_.default and args[0].device != args[1].device:
-            assert (args[2:] or [(kwargs or {}).get("non_blocking")])[0], "a copy in place that waits"
-        return found
 
 
 def fake_joint():
