@@ -39,6 +39,7 @@ class Algorithm:
         old = self.hypotheses
         self.tree.widen(utterances)
         self.traces.widen(utterances)
+        self.frames.widen(utterances)
         self._utterance = torch.arange(utterances, device=self.tree.device)[:, None]
         more = utterances - old.score.shape[0]
         self.hypotheses = Hypotheses(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in old))
