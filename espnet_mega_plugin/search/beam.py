@@ -60,7 +60,8 @@ def merged(hypotheses: Hypotheses) -> Hypotheses:
         return hypotheses
     alone = score.masked_fill(~there, -math.inf)
     scores = torch.where(same, alone[:, None], -math.inf)
-    likeliest = scores.argmax(-1)
+    # probability 0 is more than what is not the same
+    likeliest = torch.where(same, scores.clamp(min=torch.finfo(scores.dtype).min), scores).argmax(-1)
     earlier = same.tril(-1).any(-1)
     return Hypotheses(scores.logsumexp(-1), node, entry.gather(1, likeliest), there & ~earlier)
 

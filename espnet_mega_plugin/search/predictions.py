@@ -45,7 +45,8 @@ class Predictions:
             self.projected = self._larger(projected.new_zeros(0, 0, projected.shape[-1]))
         put(self.projected, rows.utterance, rows.leaf, projected, rows.valid)
         if self._fusion:
-            bonus = sum(fused.weight * fused.scorer.extend(rows, tree).to(torch.float32) for fused in self._fusion)
+            scores = [(fused.weight, fused.scorer.extend(rows, tree)) for fused in self._fusion]
+            bonus = sum(weight * score.to(torch.promote_types(score.dtype, torch.float32)) for weight, score in scores)
             if self.bonus is None:
                 self.bonus = self._larger(bonus.new_zeros(0, 0, bonus.shape[-1]))
             put(self.bonus, rows.utterance, rows.leaf, bonus, rows.valid)

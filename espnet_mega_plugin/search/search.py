@@ -84,13 +84,17 @@ class BatchedSearch:
                 raise TypeError(f"{name} must be an integer; got {value!r}.")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
+        if not isinstance(score_norm, bool):
+            raise TypeError(f"score_norm must be True or False; got {score_norm!r}.")
         if isinstance(expansion_gamma, bool) or not isinstance(expansion_gamma, (int, float)):
             raise TypeError(f"expansion_gamma must be a number; got {expansion_gamma!r}.")
         if not expansion_gamma >= 0:
             raise ValueError(f"expansion_gamma must not be negative; got {expansion_gamma}.")
         if search_type not in SEARCH_TYPES:
             raise ValueError(f"search_type must be one of {', '.join(SEARCH_TYPES)}; got {search_type!r}.")
-        vocab_size = decoder.vocab_size
+        vocab_size = getattr(decoder, "vocab_size", None)
+        if not isinstance(vocab_size, int):
+            raise TypeError(f"decoder must be one of ESPnet's or the plugin's; {type(decoder).__name__} has no vocab_size.")
         if search_type == "greedy":
             beam_size, expansion_beta = 1, 0
         tokens = beam_size + expansion_beta if search_type == "maes" else beam_size + (search_type != "greedy")
@@ -121,6 +125,7 @@ class BatchedSearch:
             TypeError, ValueError: shapes or lengths do not fit.
         """
         lengths = _checked_lengths(encoder_out, lengths)
+        _check_size(self.joint_network, "encoder_out", encoder_out)
         B = encoder_out.shape[0]
         if B == 0:
             return []
@@ -232,16 +237,14 @@ class Streams:
                 raise TypeError(f"frames of stream {stream} must be a floating-point tensor (T, D); got {given!r:.60}.")
             if given.dim() != 2:
                 raise ValueError(f"frames of stream {stream} must be (T, D); got shape {tuple(given.shape)}.")
+            _check_size(self._options.joint_network, f"frames of stream {stream}", given)
         given = {self._places[stream]: piece for stream, piece in frames.items() if len(piece)}
         if not given:
             return
         count = torch.zeros(search.tree.utterances, dtype=torch.long)
         pieces = list(given.values())
-        size = pieces[0].shape[1]
-        batch = pieces[0].new_zeros(len(count), max(len(piece) for piece in pieces), size)
+        batch = pieces[0].new_zeros(len(count), max(len(piece) for piece in pieces), pieces[0].shape[1])
         for place, piece in given.items():
-            if piece.shape[1] != size:
-                raise ValueError(f"frames of all streams must have one size; got {size} and {piece.shape[1]}.")
             batch[place, : len(piece)] = piece
             count[place] = len(piece)
         search.frames.append(search.joint.frames(batch), count.to(batch.device))
@@ -261,6 +264,12 @@ class Streams:
         if stream not in self._places:
             raise KeyError(f"stream {stream!r} is not open; open are {sorted(self._places)}.")
         return self._places[stream]
+
+
+def _check_size(joint_network: nn.Module, name: str, frames: Tensor) -> None:
+    size = getattr(joint_network.lin_enc, "in_features", frames.shape[-1])
+    if frames.shape[-1] != size:
+        raise ValueError(f"{name} must hold {size} numbers a frame, as joint_network takes; got {frames.shape[-1]}.")
 
 
 def _checked_lengths(encoder_out: Tensor, lengths: Tensor | None) -> Tensor:
