@@ -4,12 +4,15 @@ import gzip
 import math
 import random
 
+import plain
 import pytest
 import torch
 from every_prefix import every_prefix, finals
 from random_tree import RandomTree
+from search_problems import SEARCH_TYPES, assert_same_nbest, random_lengths, random_options, tabled_problem
 
 from espnet_mega_plugin.search.ngram import NgramScorer, read_arpa
+from espnet_mega_plugin.search.scorer import Fusion
 
 TOKENS = ["<blank>", "a", "b", "c", "▁d"]
 
@@ -91,6 +94,26 @@ def test_every_sequence_of_labels_has_the_probability_defined(tmp_path, order):
         got = sum(found[prefix[:i]][0][label] for i, label in enumerate(prefix)) + end
         want = sum(model.logp(prefix[:i], TOKENS[label]) for i, label in enumerate(prefix)) + model.logp(prefix, "</s>")
         assert float(got) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("search_type", SEARCH_TYPES)
+def test_a_search_finds_what_the_plain_one_finds_with_it(tmp_path, search_type):
+    for _ in range(5):
+        model = random_model(3, ["<s>", "</s>", "a", "b", "c", "▁d"])
+        problem = tabled_problem(random_lengths(3, longest=7), V=len(TOKENS))
+        options = random_options(search_type, problem.V)
+        arpa = read_arpa(model.write(tmp_path / "lm"))
+        scorer = NgramScorer(arpa, TOKENS, dtype=torch.float64, score_end=True)
+
+        def bonus(prefix, model=model):
+            return [0.0] + [0.3 * model.logp(prefix, token) for token in TOKENS[1:]]
+
+        def final(prefix, model=model):
+            return 0.3 * model.logp(prefix, "</s>")
+
+        lists = problem.found(options, fusion=Fusion(scorer, 0.3))
+        for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+            assert_same_nbest(nbest, plain.search(log_probs, T, options, bonus, final))
 
 
 def test_as_kenlm(tmp_path):

@@ -2,12 +2,15 @@
 
 import random
 
+import plain
 import pytest
 import torch
 from every_prefix import every_prefix, finals
 from random_tree import RandomTree
+from search_problems import SEARCH_TYPES, assert_same_nbest, random_lengths, random_options, tabled_problem
 
 from espnet_mega_plugin.search.phrases import PhraseScorer, read_phrases
+from espnet_mega_plugin.search.scorer import Fusion
 
 
 def merged(phrases) -> dict[tuple[int, ...], float]:
@@ -78,6 +81,27 @@ def test_wherever_prefixes_branch_and_places_move(seed, fixed_shapes):
             for kept, end in finals(grown) if random.random() < 0.2 else ():
                 assert float(end) == pytest.approx(-on_loan(phrases, kept), abs=1e-12), (phrases, kept)
         assert grown.moves
+
+
+@pytest.mark.parametrize("search_type", SEARCH_TYPES)
+def test_a_search_finds_what_the_plain_one_finds_with_them(search_type):
+    for _ in range(5):
+        problem = tabled_problem(random_lengths(3, longest=7))
+        options = random_options(search_type, problem.V)
+        phrases = random_phrases(problem.V, 4, lengths=(2, 3))
+
+        def bonus(prefix, phrases=phrases, V=problem.V):
+            longer = [(*prefix, label) for label in range(1, V)]
+            before, *after = (complete(phrases, one) + on_loan(phrases, one) for one in (prefix, *longer))
+            return [0.0] + [0.7 * (running - before) for running in after]
+
+        def final(prefix, phrases=phrases):
+            return -0.7 * on_loan(phrases, prefix)
+
+        scorer = PhraseScorer(phrases, problem.V, dtype=torch.float64)
+        lists = problem.found(options, fusion=Fusion(scorer, 0.7))
+        for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+            assert_same_nbest(nbest, plain.search(log_probs, T, options, bonus, final))
 
 
 A, B, C, D = 1, 2, 3, 4
