@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from bench_search import BASELINE, Following, Task, decoders_beside, synthetic
 from harness import RESULTS, append, extra_memory, measure, require_green, row, table
+from made_up import FollowingScorer
 from mended import pair
 
 from espnet_mega_plugin.search.espnet_decoders import scorer_of
@@ -33,21 +34,6 @@ SHOWN = "what method shape threads median_ms cpu_ms extra_memory_mb rtf errors t
 MAES = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 2}
 GREEDY = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 0}  # ESPnet's, with beam 1
 TSD = {"search_type": "tsd", "max_sym_exp": 3}
-
-
-class FollowingScorer:
-    """A prediction network at work in a batched search that is shown other outputs."""
-
-    def __init__(self, scorer, vectors: torch.Tensor):
-        self._scorer, self._vectors = scorer, vectors
-
-    def __getattr__(self, name: str):
-        return getattr(self._scorer, name)
-
-    def extend(self, rows, tree) -> torch.Tensor:
-        self._scorer.extend(rows, tree)
-        before = self._vectors[tree.label[rows.utterance, rows.parent.clamp(min=0)]]
-        return self._vectors[rows.label] + torch.where((rows.parent >= 0)[:, None], before, 0.0)
 
 
 class FollowingDecoder(torch.nn.Module):

@@ -36,6 +36,7 @@ from espnet2.asr_transducer.decoder.rnn_decoder import RNNDecoder
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
 from espnet2.asr_transducer.joint_network import JointNetwork
 from harness import RESULTS, append, extra_memory, measure, require_green, row, table
+from made_up import utterances as utterances_of
 from mended import V, pair
 from torch import Tensor
 
@@ -211,36 +212,9 @@ class LastTwo(torch.nn.Module):
 
 
 def synthetic(name: str, D: int, T: int, labels: int, seed: int = 0, utterances: int = 1) -> Task:
-    """Utterances of T frames with labels to be read off, for decoders with D channels.
-
-    Each class has a direction in the joint space. A frame points to blank, the two frames of a label to the label, one
-    label in four has another beside it. What was said last is taken off: it is not said again.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    J, length = D // 2, 3.0
-    directions = torch.nn.functional.normalize(torch.randn(V, J, generator=draw), dim=1) / length
-    # Chosen so that the searches ask for about as much as with a model of 16 % word errors: the default search for
-    # 1,500 rows of 250 prefixes in 10 s, tsd for 3,700 of 2,000, alsd for 1,500, mAES for 400
-    blank, label, other, noise = 13.0, 18.0, 16.0, 1.0
-    joint = JointNetwork(V, J, D, J).eval()
-    with torch.no_grad():
-        for linear in (joint.lin_enc, joint.lin_dec):
-            torch.nn.init.eye_(linear.weight)
-            linear.bias.zero_()
-        joint.lin_out.weight.copy_(length**2 * directions)
-        joint.lin_out.bias.zero_()
-    spoken, said_in = [], []
-    for _ in range(utterances):
-        frames = noise / length * torch.randn(T, J, generator=draw) + blank * directions[0]
-        drawn = torch.randint(1, V, (labels, 2), generator=draw).tolist()
-        for u, (said, beside) in enumerate(drawn):
-            t = (2 * u + 1) * T // (2 * labels)
-            frames[t : t + 2] += label * directions[said] + (u % 4 == 0) * other * directions[beside]
-        spoken.append(frames)
-        said_in.append([said for said, _ in drawn])
-    taken_off = torch.zeros(V, D)
-    taken_off[1:, :J] = -label * directions[1:]
-    return Task(name, spoken, joint, Outputs(LastTwo(taken_off)), said_in)
+    """Utterances of T frames with labels to be read off (made_up.py), for decoders with D channels."""
+    made_up = utterances_of(utterances, V, D, T, labels, seed, JointNetwork)
+    return Task(name, made_up.frames, made_up.joint, Outputs(LastTwo(made_up.vectors)), made_up.said)
 
 
 # ---- a trained model

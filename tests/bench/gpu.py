@@ -2,8 +2,9 @@
 
 First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
 that waits for the device. Then the benchmark of bench_loss.py for the losses whose checks passed, in float32 and
-bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak. Rows are
-appended as they come, so a run that is cut off has left what it had.
+bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak; and the
+batched search over made-up utterances (made_up.py). Rows are appended as they come, so a run that is cut off has left
+what it had.
 
 Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
 Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
@@ -33,9 +34,12 @@ if DEVICE == "cpu":
 
 import bench_loss  # noqa: E402
 import harness  # noqa: E402
+import made_up  # noqa: E402
 from rnnt_problems import random_problem  # noqa: E402
 
 from espnet_mega_plugin.mega.network import MegaNetwork  # noqa: E402
+from espnet_mega_plugin.mega.pool import MegaPool  # noqa: E402
+from espnet_mega_plugin.mega.step import Constants  # noqa: E402
 from espnet_mega_plugin.rnnt import (  # noqa: E402
     do_rnnt_pruning,
     fused_rnnt_loss,
@@ -44,6 +48,7 @@ from espnet_mega_plugin.rnnt import (  # noqa: E402
     rnnt_loss_pruned,
     rnnt_loss_smoothed,
 )
+from espnet_mega_plugin.search.search import BatchedSearch  # noqa: E402
 
 SHAPES = "an4,30 8,150,30,1000 8,250,60,1000 16,400,80,500 4,400,60,5000 32,500,100,2000"
 CHANNELS = 512
@@ -174,6 +179,86 @@ def without_waiting(method: str) -> float:
     return 0.0
 
 
+class Following(torch.nn.Module):
+    """A MEGA decoder at work in a batched search that is shown other outputs, those of a trained model."""
+
+    def __init__(self, network: MegaNetwork, vectors: Tensor):
+        super().__init__()
+        self.network, self.vocab_size = network, network.vocab_size
+        self.register_buffer("vectors", vectors)
+
+    def label_scorer(self):
+        return made_up.FollowingScorer(MegaPool(self.network, Constants(self.network)), self.vectors)
+
+
+def searching(
+    device: str, dtype: torch.dtype, count: int, T: int, D: int, **sizes
+) -> tuple[Following, torch.nn.Module, Tensor]:
+    """A decoder, a joint network and utterances."""
+    torch.manual_seed(4)
+    task = made_up.utterances(count, 500, D, T, T // 6)
+    decoder = Following(MegaNetwork(500, block_size=D, **sizes), task.vectors).to(device, dtype).eval()
+    return decoder, task.joint.to(device, dtype), torch.stack(task.frames).to(device, dtype)
+
+
+def search(search_type: str, dtype: torch.dtype) -> float:
+    """Scores of n-best lists against the CPU's in float64; infinite where the labels are others."""
+    sizes = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
+    found = []
+    for device, kind in ((DEVICE, dtype), ("cpu", F64)):
+        decoder, joint, frames = searching(device, kind, 5, 31, **sizes)
+        lengths = torch.tensor([31, 0, 17, 30, 1], device=device)
+        nbest = BatchedSearch(decoder, joint, 4, search_type, u_max=12, nbest=4)(frames, lengths)
+        found.append([[(one.yseq, one.score) for one in hypotheses] for hypotheses in nbest])
+    if [[y for y, _ in h] for h in found[0]] != [[y for y, _ in h] for h in found[1]]:
+        return math.inf
+    scores = [torch.tensor([s for h in each for _, s in h], dtype=F64) for each in found]
+    return relative(scores[0], scores[1])
+
+
+def search_without_waiting(search_type: str) -> float:
+    """0 where rounds of a search run through while torch raises at whatever makes the host wait."""
+    sizes = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
+    decoder, joint, frames = searching(DEVICE, F32, 5, 31, **sizes)
+    found = BatchedSearch(decoder, joint, 4, search_type)._search(5, frames.device)
+    found.start(torch.ones(5, dtype=torch.bool, device=DEVICE))
+    found.frames.set(found.joint.frames(frames), torch.full((5,), 31, device=DEVICE))
+    with torch.no_grad():
+        found._round()  # what is loaded at first may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found._round()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return 0.0
+
+
+def benchmark_search(
+    results: Path, deadline: float, counts: list[int], T: int = 249, sizes: dict | None = None
+) -> list[dict]:
+    """Seconds of audio a second of search, frames of 40 ms: default size, 64 utterances of 10 s and more."""
+    rows = []
+    for dtype in (F32, BF16):
+        for count in counts:
+            decoder, joint, frames = searching(DEVICE, dtype, count, T, **(sizes or {"D": 512}))
+            for search_type, beam in (("greedy", 1), ("maes", 4), ("maes", 8), ("tsd", 4)):
+                if time.monotonic() > deadline:
+                    print(f"not run: {search_type} {count} {_name(dtype)}: out of time", flush=True)
+                    continue
+                run = BatchedSearch(decoder, joint, beam, search_type, window=32)
+                times = harness.measure(lambda f=frames: f, {"search": run}, warmup=1, repeats=3)["search"]
+                rows.append(
+                    harness.row(
+                        f"decode_{search_type}",
+                        **{"method": f"batch of {count}", "shape": f"{T} frames beam {beam}", "dtype": _name(dtype)},
+                        **{"part": f"rtfx {40 * T * count / times['median_ms']:.4g}", "repeats": 3, **times},
+                        extra_memory_mb=harness.extra_memory(lambda f=frames: f, run),
+                    )
+                )
+                harness.append(rows[-1:], results)
+    return rows
+
+
 def beyond_32_bits(method: str) -> float:
     """The last utterance of 2.5e9 logits in a batch and alone; needs about 15 GB."""
     B, T, U, V = 3, 256, 63, 50000
@@ -218,9 +303,14 @@ def checks() -> list[Check]:
         for options in ({}, {"rel_pos_bias_type": "rotary", "chunk_size": 8}):
             how = " ".join([_name(dtype), *(f"{key}={value}" for key, value in options.items())])
             found.append(Check("decoder", how, limit, partial(decoder, dtype, **options)))
+    for dtype, limit in ((F64, 1e-9), (F32, 1e-4)):
+        for kind in ("greedy", "maes", "tsd", "alsd"):
+            found.append(Check("search", f"{_name(dtype)} {kind}", limit, partial(search, kind, dtype)))
     if big:
         for method in (*methods, "fused"):
             found.append(Check("host", f"{method} waits for no device", 0.0, partial(without_waiting, method)))
+        for kind in ("greedy", "maes", "tsd"):
+            found.append(Check("host", f"{kind} waits for no device", 0.0, partial(search_without_waiting, kind)))
     if big and torch.cuda.mem_get_info()[0] > 20e9:
         for method in methods:  # last: a wrong offset ends all that this process does on the device
             found.append(Check(method, "beyond 32 bits", 1e-2, partial(beyond_32_bits, method)))
@@ -296,6 +386,12 @@ def main() -> int:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     failed = checked()
     if DEVICE == "cuda":
+        if "search" not in failed:
+            found = benchmark_search(args.results, time.monotonic() + 60 * args.minutes / 3, [1, 64])
+            print(
+                "\n"
+                + harness.table(found, ("what", "method", "shape", "dtype", "part", "median_ms", "extra_memory_mb"))
+            )
         rows = benchmark(failed, args.results, deadline, args.shapes)
         print("\n" + bench_loss.tables(rows, "torchaudio" if find_spec("torchaudio") else "wavefront"))
     return 1 if failed else 0

@@ -2,6 +2,7 @@
 
 import csv
 
+import bench_decode
 import bench_decoder
 import bench_search
 import pytest
@@ -66,3 +67,18 @@ def test_no_figures_of_a_decoder_that_answers_wrong():
     decoder.batch_score = lambda hyps: (right(hyps)[0] + 1e-2, right(hyps)[1])
     with pytest.raises(AssertionError, match="not close"):
         bench_search.check(decoder, task, frames=12)
+
+
+def test_quick_decode_benchmark(tmp_path, capsys):
+    bench_decode.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    assert not any(row["error"] for row in rows)
+    for decoder in ("mega", "rnn"):
+        for search in ("greedy", "maes", "tsd"):
+            methods = {row["method"] for row in rows if row["what"] == f"decode_{decoder}_{search}"}
+            assert methods == {"espnet", "batch of 2"}
+    assert all("rtf" in row["part"] and "errors" in row["part"] for row in rows)
+
+
+def test_edit_distance():
+    assert [bench_decode.distance(list(a), list(b)) for a, b in (("", ""), ("", "ab"), ("kitten", "sitting"))] == [0, 2, 3]

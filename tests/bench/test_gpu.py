@@ -17,6 +17,8 @@ import gpu, pathlib
 failed = gpu.checked()
 gpu.benchmark(failed, pathlib.Path(sys.argv[1]), time.monotonic() + 60, ["2,6,3,20", "an4,7"])
 gpu.benchmark(failed, pathlib.Path(sys.argv[1]), 0, ["2,6,3,20"])
+small = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
+gpu.benchmark_search(pathlib.Path(sys.argv[1]), time.monotonic() + 60, [2], 20, small)
 sys.exit(f"failed: {failed}" if failed else 0)
 """
 
@@ -28,8 +30,14 @@ def test_checks_and_benchmark_without_a_gpu(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     print(done.stdout, done.stderr)
     assert done.returncode == 0 and "FAILED" not in done.stdout and "passed  decoder" in done.stdout
+    assert "passed  search" in done.stdout
     assert "Out of time, not run: " in done.stdout.splitlines()[-1]
     rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert {row["what"] for row in rows if row["part"].startswith("rtfx ")} == {
+        "decode_greedy",
+        "decode_maes",
+        "decode_tsd",
+    }
     for what, methods in (("rnnt_loss", {"wavefront"}), ("joint_512_rnnt_loss", {"wavefront", "fused", "pruned"})):
         for shape in ("2x6x4x20", "an4:7x72x37x7"):
             for dtype, limit in (("float32", 1e-5), ("bfloat16", 0.05)):
