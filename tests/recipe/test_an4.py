@@ -15,7 +15,7 @@ from test_mini_an4 import sphere
 from tones import REPOSITORY, spoken
 
 from espnet_mega_plugin.recipe.an4 import ARCHIVES, SITES, main, make, sites
-from espnet_mega_plugin.recipe.kaldi_dir import validate
+from espnet_mega_plugin.recipe.kaldi_dir import read_data_dir, validate
 
 # Utterance of the corpus -> its line's words; the test part has no <s>, as in AN4
 TRAIN = {
@@ -141,7 +141,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "site").mkdir()
     for form, name in ARCHIVES.items():
-        packed(an4(tmp_path / form, form), tmp_path / "site" / name)
+        packed(an4(tmp_path / f"corpus_{form}", form), tmp_path / "site" / name)
     with served(tmp_path / "site") as running:
         yield running
 
@@ -187,8 +187,8 @@ def test_the_recipe_in_its_small_form(tmp_path, site):
         "--local_data_opts", f"--site {site.url} --dev 2",
     )  # fmt: skip
     assert stages_done(output) == [1, 2, 3, 4, 5, 10, 11]
-    assert set(validate(folder / "dump/raw/train_dev").text) == set(EXPECTED["train_dev"])
-    assert len(validate(folder / "dump/raw/train_nodev_sp")) == 3 * 4
+    assert set(read_data_dir(folder / "dump/raw/train_dev").text) == set(EXPECTED["train_dev"])
+    assert len(read_data_dir(folder / "dump/raw/train_nodev_sp")) == 3 * 4
     assert len(list((folder / "exp").glob("asr_mini_an4_tiny_raw_en_bpe14*_sp/valid.loss.ave.pth"))) == 1
 
 

@@ -19,7 +19,15 @@ def config(tmp_path):
 
     def write(decoder: str, options: dict) -> str:
         path = tmp_path / f"{decoder}.yaml"
-        model = {**CONFIG, "decoder": decoder, "decoder_conf": options, "num_iters_per_epoch": 2, **data}
+        encoder = {**CONFIG["encoder_conf"], "main_conf": {}}  # chunks of a random size would make the loss random
+        model = {
+            **CONFIG,
+            "encoder_conf": encoder,
+            "decoder": decoder,
+            "decoder_conf": options,
+            "num_iters_per_epoch": 2,
+            **data,
+        }
         path.write_text(yaml.safe_dump(model))
         return str(path)
 

@@ -14,7 +14,7 @@ from served import served
 from small_form import TINY, copied, run, stages_done
 from tones import REPOSITORY, spoken
 
-from espnet_mega_plugin.recipe.kaldi_dir import read_table, validate
+from espnet_mega_plugin.recipe.kaldi_dir import read_data_dir, read_table, validate
 from espnet_mega_plugin.recipe.librispeech import MIRRORS, PARTS, main, mirrors
 
 # Part -> reader -> chapter -> what is read in it
@@ -240,12 +240,12 @@ def test_the_recipe_in_its_small_form(tmp_path, site):
     )  # fmt: skip
     assert stages_done(output) == [1, 2, 3, 4, 5, 10, 11]
     assert ("/train-clean-100.tar.gz", "bytes=5000-") in site.requests
-    train = validate(folder / "dump/raw/train_clean_100_sp")
+    train = read_data_dir(folder / "dump/raw/train_clean_100_sp")
     assert len(train) == 3 * 8 and "sp0.9-27-1-0000" in train.wav
     for utterance in ("27-1-0000", "1034-121119-0002"):
         before = soundfile.read(next((folder / "downloads").rglob(f"{utterance}.flac")), dtype="int16")[0]
-        assert (soundfile.read(train.wav[utterance], dtype="int16")[0] == before).all()
-    assert set(validate(folder / "dump/raw/dev").text) == {"84-121123-0000", "84-121123-0001", "116-288045-0000"}
+        assert (soundfile.read(folder / train.wav[utterance], dtype="int16")[0] == before).all()
+    assert set(read_data_dir(folder / "dump/raw/dev").text) == {"84-121123-0000", "84-121123-0001", "116-288045-0000"}
     exp = next((folder / "exp").glob("asr_mini_an4_tiny_raw_en_bpe14*_sp"))
     assert (exp / "valid.loss.ave.pth").exists()
     config = yaml.safe_load((exp / "config.yaml").read_text())
