@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from espnet_mega_plugin.search.beam import Hypotheses, at_start, best, joined, merged, packed
+from espnet_mega_plugin.search.algorithm import Algorithm
+from espnet_mega_plugin.search.beam import Hypotheses, best, joined, merged, packed
 from espnet_mega_plugin.search.frames import Frames
-from espnet_mega_plugin.search.hypotheses import Traces
 from espnet_mega_plugin.search.joint import Joint
 from espnet_mega_plugin.search.predictions import Predictions
 from espnet_mega_plugin.search.tree import LabelTree
@@ -55,7 +55,7 @@ class Taken(NamedTuple):
         return Taken(*(t.gather(1, index) for t in self))
 
 
-class Maes:
+class Maes(Algorithm):
     """One search over a batch; `advance` goes on as far as the frames reach."""
 
     def __init__(
@@ -70,29 +70,11 @@ class Maes:
         expansion_beta: int,
         window: int,
     ):
-        self.joint, self.predictions, self.tree, self.frames = joint, predictions, tree, frames
-        self.beam_size, self.nstep, self.gamma, self.window = beam_size, nstep, expansion_gamma, window
+        super().__init__(joint, predictions, tree, frames, beam_size)
+        self.nstep, self.gamma, self.window = nstep, expansion_gamma, window
         self.tokens = beam_size + expansion_beta
         # With fixed shapes: labels taken at once by an utterance. More than these would have to pass the bound
         self.most = beam_size * self.tokens if tree.fixed_shapes else None
-        self.traces = Traces(tree.utterances, tree.device)
-        self.hypotheses = at_start(tree.utterances, tree.device)
-        self._utterance = torch.arange(tree.utterances, device=tree.device)[:, None]
-
-    def start(self, begin: Tensor) -> None:
-        """Some utterances begin. (B,) bool"""
-        self.predictions.extend(self.tree.start(begin), self.tree)
-        self.hypotheses = at_start(len(begin), begin.device).where(begin, self.hypotheses)
-
-    def widen(self, utterances: int) -> None:
-        """More utterances side by side; `start` them before use."""
-        old = self.hypotheses
-        self.tree.widen(utterances)
-        self.frames.widen(utterances)
-        self.traces.widen(utterances)
-        self._utterance = torch.arange(utterances, device=self.tree.device)[:, None]
-        more = utterances - old.score.shape[0]
-        self.hypotheses = Hypotheses(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in old))
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -107,16 +89,11 @@ class Maes:
         busy, logits = self._skip_blank_frames()
         if not self.tree.fixed_shapes and not bool(busy.any()):
             return
-        live = self._make_room()
-        self.hypotheses = live
-        ended = self._expand(live, busy, logits)
+        most, live = 2 * self.tokens if self.most is None else self.most * self.nstep, self.hypotheses
+        self.hypotheses = live._replace(node=self.tree.make_room(most, most, live.node, live.there))
+        ended = self._expand(self.hypotheses, busy, logits)
         self.hypotheses = best(merged(ended), self.beam_size).where(busy, self.hypotheses)
         self.frames.at += busy
-
-    def _make_room(self) -> Hypotheses:
-        most = self.most * self.nstep if self.most is not None else 2 * self.tokens
-        live = self.hypotheses
-        return live._replace(node=self.tree.make_room(most, most, live.node, live.there))
 
     # --- frames with nothing but blank ---------------------------------------------------------------------------------
 
@@ -135,15 +112,15 @@ class Maes:
         logits = self.joint(pairs.flatten(0, 2) if self.tree.fixed_shapes else pairs[there])
         normalizer, blank, label = logits.logsumexp(-1), logits[:, 0], logits[:, 1:].amax(-1)
         quiet = blank >= label if self.tokens == 1 else (label < blank - self.gamma)
-        quiet, blank = self._unpacked(quiet, there, True), self._unpacked((blank - normalizer).double(), there, 0.0)
+        loud, blank = self._unpacked(~quiet, there), self._unpacked((blank - normalizer).double(), there)
 
-        passed = (quiet.all(-1) & in_time).cumprod(1).bool()  # (B, W)
+        passed = (~loud.any(-1) & in_time).cumprod(1).bool()  # (B, W)
         blank = torch.where(passed[..., None], blank, 0.0).sum(1)
         self.hypotheses = hypotheses._replace(score=hypotheses.score + blank)
         number = passed.sum(1)
         frames.at += number
         busy = (number < self.window) & frames.left
-        row = self._unpacked(torch.arange(len(logits), device=logits.device), there, 0)
+        row = self._unpacked(torch.arange(len(logits), device=logits.device), there)
         row = row.gather(1, number.clamp(max=self.window - 1)[:, None, None].expand(-1, 1, row.shape[2]))[:, 0]
         if not self.tree.fixed_shapes:
             row = row[hypotheses.there & busy[:, None]]
@@ -152,12 +129,6 @@ class Maes:
     def _projected(self, node: Tensor) -> Tensor:
         """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
         return self.predictions.projected[self._utterance, self.tree.leaf.gather(1, node).clamp(min=0)]
-
-    def _unpacked(self, rows: Tensor, there: Tensor, empty: float | bool | int) -> Tensor:
-        """One number a row, in the rows' places."""
-        if self.tree.fixed_shapes:
-            return torch.where(there, rows.view(there.shape), empty)
-        return torch.full(there.shape, empty, dtype=rows.dtype, device=rows.device).masked_scatter_(there, rows)
 
     # --- a frame at which labels are taken -----------------------------------------------------------------------------
 
@@ -189,8 +160,7 @@ class Maes:
 
     def _end(self, hypotheses: Hypotheses, logits: Tensor) -> Hypotheses:
         """All of them, after blank."""
-        blank = self._unpacked((logits[:, 0] - logits.logsumexp(-1)).double(), hypotheses.there, 0.0)
-        return hypotheses._replace(score=hypotheses.score + blank)
+        return hypotheses._replace(score=hypotheses.score + self._blank(hypotheses, logits))
 
     def _many(self, taken: Taken) -> bool:
         """Whether so many labels are left that a second call of the prediction network may save more than it costs."""
@@ -204,7 +174,7 @@ class Maes:
         first, others = (taken.picked(index) for index in (order[:, : self.beam_size], order[:, self.beam_size :]))
         hypotheses, logits = self._take_on(first)
         can_end = self._end(hypotheses, logits) if is_last else self._take(hypotheses, logits)[0]
-        others = self._drop_hopeless([*ended, can_end], others)
+        others = self._drop_hopeless([*ended, can_end], others, None if is_last else hypotheses)
         if others.there.shape[1] == 0:
             return hypotheses, logits
         more, more_logits = self._take_on(others)
@@ -222,14 +192,7 @@ class Maes:
         (B, H), K = there.shape, self.tokens
         value, token = (logits - logits.logsumexp(-1, keepdim=True)).topk(K, -1)
         value = value.double()
-        if self.tree.fixed_shapes:
-            value, token = value.view(B, H, K), token.view(B, H, K)
-        else:
-            b, h = there.nonzero(as_tuple=True)
-            packed_value, packed_token = value, token
-            value = packed_value.new_full((B, H, K), -math.inf)
-            token = packed_token.new_zeros((B, H, K))
-            value[b, h], token[b, h] = packed_value, packed_token
+        value, token = self._unpacked(value, there), self._unpacked(token, there)
         score = hypotheses.score[..., None] + value
         kept = there[..., None] & (score >= score[..., :1] - self.gamma)
         is_blank = kept & (token == 0)
@@ -250,8 +213,12 @@ class Maes:
         known = torch.where(taken.there, self.tree.find(taken.node, label), -1)
         return by_blank, Taken(score, taken.node, taken.entry, taken.there, label, logp, known)
 
-    def _drop_hopeless(self, ended: list[Hypotheses], taken: Taken) -> Taken:
-        """Leave out what the bound rules out (top of the file)."""
+    def _drop_hopeless(self, ended: list[Hypotheses], taken: Taken, others: Hypotheses | None = None) -> Taken:
+        """Leave out what the bound rules out (top of the file).
+
+        Args:
+            others: that have taken their labels already and may take more at this frame.
+        """
         if taken.there.shape[1] == 0:
             return taken
         ended, lineage, known = joined(ended), self.tree.lineage, taken.known
@@ -270,6 +237,10 @@ class Maes:
         # [c, d]: candidate d is a prefix of candidate c
         above = lineage[b, taken.node[..., None], known.clamp(min=0)[:, None]] & is_known[:, None]
         comparable |= ((above | above.transpose(1, 2)) & hopeful[:, None]).any(-1)
+        if others is not None:
+            above = lineage[b, taken.node[..., None], others.node[:, None]]
+            below = lineage[b, others.node[:, None], known.clamp(min=0)[..., None]] & is_known[..., None]
+            comparable |= ((above | below) & others.there[:, None]).any(-1)
         kept = hopeful | (taken.there & comparable)
         taken = taken._replace(there=kept)
         index = None if self.tree.fixed_shapes else packed(kept)
@@ -284,5 +255,4 @@ class Maes:
             self.predictions.extend(rows, tree)
         entry = self.traces.add(taken.entry, taken.label, self.frames.now()[:, None], taken.logp)
         hypotheses = Hypotheses(taken.score, node, entry, taken.there)
-        pairs = self.frames.ahead(1)[0] + self._projected(node)
-        return hypotheses, self.joint(pairs.flatten(0, 1) if tree.fixed_shapes else pairs[taken.there])
+        return hypotheses, self._logits(hypotheses, self.frames.ahead(1)[0])
