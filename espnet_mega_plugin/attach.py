@@ -3,9 +3,10 @@
 ESPnet has no plugin mechanism, so the package attaches to two imports, and to nothing before they happen:
 
 - `espnet2.train.class_choices`: a transducer task that then writes down its choice of decoders gets the plugin's class
-  as `mega` and keeps ESPnet's as `mega_espnet`; the model it builds becomes the plugin's subclass of ESPnet's. That
-  module is the place because ESPnet imports it after torch; the task module itself is already half imported when torch
-  calls `install`, too late for an import hook.
+  as `mega` and keeps ESPnet's as `mega_espnet`; the model it builds becomes the plugin's subclass of ESPnet's, and
+  ESPnet's trainer draws what MEGA attends to where `--num_att_plot` asks for it. That module is the place because
+  ESPnet imports it after torch; the task module itself is already half imported when torch calls `install`, too late
+  for an import hook.
 - `warprnnt_pytorch`, which ESPnet's models import for their loss: answered with the plugin's loss where no real one is
   installed.
 
@@ -33,12 +34,13 @@ CLASS_CHOICES = "espnet2.train.class_choices"
 TASKS = ("espnet2.tasks.asr_transducer", "espnet3.systems.esp2_asr.src.transducer_task")
 ABS_DECODER = ("espnet2.asr_transducer.decoder.abs_decoder", "AbsDecoder")
 MODEL = "ESPnetASRTransducerModel"
+TRAINER = "espnet2.train.trainer"
 WARPRNNT = "warprnnt_pytorch"
 PLUGIN_LOSS = "espnet_mega_plugin.rnnt.warprnnt"
 
 _log = logging.getLogger("espnet_mega_plugin")
 _lock = threading.Lock()
-_announced = False
+_announced: set[str] = set()  # what the log was told of
 
 
 def is_off() -> bool:
@@ -90,6 +92,7 @@ def attach() -> None:
         if hasattr(task, "decoder_choices"):  # a task in the middle of its import fills its choice through the wrap
             _fill(task.decoder_choices)
             _put_model()
+            _put_pictures()
     loss_is_forced()  # only its check; import asks again
 
 
@@ -174,6 +177,15 @@ def _put_model() -> None:
             setattr(task, MODEL, MegaTransducerModel)
 
 
+def _put_pictures() -> None:
+    """Lets ESPnet's `--num_att_plot` draw a MEGA decoder; the tasks import that trainer before their choices."""
+    from espnet_mega_plugin.pictures.trainer import add_pictures
+
+    trainer = getattr(sys.modules.get(TRAINER), "Trainer", None)
+    if trainer is not None:
+        add_pictures(trainer)
+
+
 def _wrap(class_choices: type) -> None:
     """Makes every later ClassChoices fill itself, and makes it say which decoder it gave."""
     if getattr(class_choices.__init__, "_espnet_mega_plugin", False):
@@ -187,6 +199,7 @@ def _wrap(class_choices: type) -> None:
             _fill(self)
             if _is_transducer_decoder(self):
                 _put_model()
+                _put_pictures()
         except Exception as error:  # `decoder: rnn` shall go on; whoever asks for mega is told in get_class
             self._mega_failure = error
             _log.warning("espnet_mega_plugin's decoder does not fit here: %s: %s", type(error).__name__, error)
@@ -209,11 +222,14 @@ def _wrap(class_choices: type) -> None:
 
 
 def _announce(decoder: str = "") -> None:
-    """One INFO line a process. ESPnet configures logging in its main, so it waits until INFO is switched on."""
-    global _announced
-    if _announced or not _log.isEnabledFor(logging.INFO):
+    """One INFO line for each decoder in a process, or one for the loss where there is none.
+
+    ESPnet configures logging in its main, so it waits until INFO is switched on. There may be two decoders: ESPnet3
+    and `--print_config` ask for the default one (rnn) to show its arguments, before the one of the configuration.
+    """
+    if decoder in _announced or (_announced and not decoder) or not _log.isEnabledFor(logging.INFO):
         return
-    _announced = True
+    _announced.add(decoder)
     from espnet_mega_plugin import __version__
 
     versions = f"ESPnet {version_of('espnet')}, torch {version_of('torch')}"

@@ -131,15 +131,15 @@ def test_the_switch_wins_over_register_and_says_so(monkeypatch, caplog):
     assert "ESPNET_MEGA_PLUGIN=0 turns the plugin off" in caplog.text
 
 
-def test_one_line_at_info_names_class_loss_and_versions(monkeypatch, caplog):
-    monkeypatch.setattr(attach, "_announced", False)
+def test_one_line_at_info_for_each_decoder_names_class_loss_and_versions(monkeypatch, caplog):
+    monkeypatch.setattr(attach, "_announced", set())
     caplog.set_level(logging.WARNING)
     decoder_choices.get_class("mega")  # ESPnet has not configured its logging yet: the line must wait
     caplog.set_level(logging.INFO)
     for name in ("mega", "rnn", "mega"):
         decoder_choices.get_class(name)
-    (record,) = (record for record in caplog.records if record.name == "espnet_mega_plugin")
-    assert record.levelno == logging.INFO
+    record, of_rnn = (record for record in caplog.records if record.name == "espnet_mega_plugin")
+    assert record.levelno == logging.INFO and "decoder 'rnn' is espnet2." in of_rnn.getMessage()
     for part in (f"decoder 'mega' is {OURS}", LOSS, espnet_mega_plugin.__version__, torch.__version__.split("+")[0]):
         assert part in record.getMessage()
 

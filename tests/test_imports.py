@@ -17,6 +17,18 @@ ROOMS = {
     "search": {"torch", "espnet_mega_plugin.search"},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega"},
     "model.py": {"torch", "espnet2", "espnet_mega_plugin.rnnt"},
+    "pictures": {
+        "torch",
+        "numpy",
+        "matplotlib",
+        "lightning",
+        "wandb",
+        "yaml",
+        "espnet2.text",
+        "espnet_mega_plugin.mega",
+        "espnet_mega_plugin.pictures",
+        "espnet_mega_plugin.recipe.kaldi_dir",
+    },
 }
 # What torch itself imports, and what must run where torch or ESPnet is broken
 LIGHT = ("__init__.py", "__main__.py", "attach.py", "doctor.py", "run.py")
