@@ -9,6 +9,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BatchedSpeech2Text": "espnet_mega_plugin.decode.speech2text",
     "MEGADecoder": "espnet_mega_plugin.decoder",
     "RNNTLoss": "espnet_mega_plugin.rnnt",
     "rnnt_loss": "espnet_mega_plugin.rnnt",

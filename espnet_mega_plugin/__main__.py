@@ -9,6 +9,7 @@ import sys
 from espnet_mega_plugin import __version__
 
 COMMANDS = {
+    "decode": ("espnet_mega_plugin.decode", "decode in batches: ESPnet's options, the same files, and time stamps"),
     "doctor": ("espnet_mega_plugin.doctor", "check this installation: what decodes, which loss, what is missing"),
     "pictures": ("espnet_mega_plugin.pictures.command", "draw what a trained decoder attends to, and its EMA kernels"),
     "run": ("espnet_mega_plugin.run", "run an ESPnet command with the plugin attached"),

@@ -1,12 +1,14 @@
 """DOOR 1: everything that touches ESPnet's registries.
 
-ESPnet has no plugin mechanism, so the package attaches to two imports, and to nothing before they happen:
+ESPnet has no plugin mechanism, so the package attaches to three imports, and to nothing before they happen:
 
 - `espnet2.train.class_choices`: a transducer task that then writes down its choice of decoders gets the plugin's class
   as `mega` and keeps ESPnet's as `mega_espnet`; the model it builds becomes the plugin's subclass of ESPnet's, and
   ESPnet's trainer draws what MEGA attends to where `--num_att_plot` asks for it. That module is the place because
   ESPnet imports it after torch; the task module itself is already half imported when torch calls `install`, too late
   for an import hook.
+- `espnet2.asr_transducer.beam_search_transducer`: its BeamSearchTransducer, asked for a search type such as
+  `maes_batched`, becomes the plugin's subclass of it (`espnet_search.py`); all other types stay ESPnet's.
 - `warprnnt_pytorch`, which ESPnet's models import for their loss: answered with the plugin's loss where no real one is
   installed.
 
@@ -34,6 +36,8 @@ CLASS_CHOICES = "espnet2.train.class_choices"
 TASKS = ("espnet2.tasks.asr_transducer", "espnet3.systems.esp2_asr.src.transducer_task")
 ABS_DECODER = ("espnet2.asr_transducer.decoder.abs_decoder", "AbsDecoder")
 MODEL = "ESPnetASRTransducerModel"
+SEARCH, SEARCH_CLASS = "espnet2.asr_transducer.beam_search_transducer", "BeamSearchTransducer"
+BATCHED = ("greedy_batched", "maes_batched", "tsd_batched", "alsd_batched")
 TRAINER = "espnet2.train.trainer"
 WARPRNNT = "warprnnt_pytorch"
 PLUGIN_LOSS = "espnet_mega_plugin.rnnt.warprnnt"
@@ -84,10 +88,12 @@ def attach() -> None:
         return
     with _lock:  # no import may happen under it: another thread may hold that module's lock and wait for this one
         _on_meta_path(_ClassChoicesFinder, 0)
+        _on_meta_path(_SearchFinder, 0)
         _on_meta_path(_ForcedLossFinder, 0)
         _on_meta_path(_LossFinder)
         if CLASS_CHOICES in sys.modules:
             _wrap(sys.modules[CLASS_CHOICES].ClassChoices)
+        _put_search()
     for task in filter(None, map(sys.modules.get, TASKS)):
         if hasattr(task, "decoder_choices"):  # a task in the middle of its import fills its choice through the wrap
             _fill(task.decoder_choices)
@@ -198,6 +204,7 @@ def _wrap(class_choices: type) -> None:
         try:
             _fill(self)
             if _is_transducer_decoder(self):
+                _put_search()  # where it was its import that first imported torch
                 _put_model()
                 _put_pictures()
         except Exception as error:  # `decoder: rnn` shall go on; whoever asks for mega is told in get_class
@@ -236,6 +243,32 @@ def _announce(decoder: str = "") -> None:
     _log.info("espnet_mega_plugin %s: %s%s is %s; %s", __version__, decoder, WARPRNNT, loss_in_use(), versions)
 
 
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def _put_search() -> None:
+    """Makes ESPnet's BeamSearchTransducer know the batched search types, where it is imported already."""
+    search = getattr(sys.modules.get(SEARCH), SEARCH_CLASS, None)
+    if search is not None and "__new__" not in vars(search):
+        search.__new__ = _new_search(search)
+
+
+def _new_search(search: type):
+    place = ("decoder", "joint_network", "beam_size", "lm", "lm_weight", "search_type").index("search_type")
+
+    def __new__(cls, *args, **kwargs):
+        search_type = kwargs.get("search_type", args[place] if len(args) > place else None)
+        if cls is not search or search_type not in BATCHED:
+            return object.__new__(cls)
+        ours = importlib.import_module("espnet_mega_plugin.espnet_search")
+        kind = ours.BatchedBeamSearch
+        if not issubclass(kind, cls):  # ESPnet's module was reloaded: there are two BeamSearchTransducers
+            kind = type(kind.__name__, (kind, cls), {})
+        return object.__new__(kind)  # Python calls its __init__ next
+
+    return __new__
+
+
 # --- import hooks ----------------------------------------------------------------------------------------------------
 
 
@@ -245,13 +278,17 @@ def _on_meta_path(kind: type, place: int | None = None) -> None:
         sys.meta_path.insert(len(sys.meta_path) if place is None else place, kind())
 
 
-class _ClassChoicesFinder(threading.local):
-    """Lets the other finders find ESPnet's ClassChoices and wraps it when it has been executed."""
+class _PatchingFinder(threading.local):
+    """Lets the other finders find a module of ESPnet's and patches it when it has been executed."""
 
+    name = ""
     busy = False  # a finder of the same kind, of another package, may ask us in turn (per thread)
 
+    def patch(self, module) -> None:
+        raise NotImplementedError
+
     def find_spec(self, name, path=None, target=None):
-        if name != CLASS_CHOICES or self.busy:
+        if name != self.name or self.busy:
             return None
         self.busy = True
         try:
@@ -260,23 +297,37 @@ class _ClassChoicesFinder(threading.local):
         finally:
             self.busy = False
         if spec is not None and spec.loader is not None:
-            _wrap_after_execution(spec.loader)
+            _after_execution(spec.loader, self.name, self.patch)
         return spec
 
 
-def _wrap_after_execution(loader) -> None:
+class _ClassChoicesFinder(_PatchingFinder):
+    name = CLASS_CHOICES
+
+    def patch(self, module) -> None:
+        _wrap(module.ClassChoices)
+
+
+class _SearchFinder(_PatchingFinder):
+    name = SEARCH
+
+    def patch(self, module) -> None:
+        _put_search()
+
+
+def _after_execution(loader, name, patch) -> None:
     """Shadows the loader's exec_module once: the loader stays ESPnet's own, so reload and inspect see no difference."""
     execute = loader.exec_module
 
     def exec_module(module):
         execute(module)
-        if module.__name__ != CLASS_CHOICES:
+        if module.__name__ != name:
             return  # a loader of a zip archive serves other modules as well
         vars(loader).pop("exec_module", None)
         try:
-            _wrap(module.ClassChoices)
+            patch(module)
         except Exception as error:  # ESPnet's import must not fail by it
-            _log.warning("espnet_mega_plugin is not attached, `decoder: mega` is ESPnet's: %r", error)
+            _log.warning("espnet_mega_plugin is not attached to %s, which stays as ESPnet has it: %r", name, error)
 
     loader.exec_module = exec_module
 

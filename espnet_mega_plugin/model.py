@@ -13,6 +13,9 @@ fused and standard are the same number with the same gradients. Weights go from 
 
 ESPnet's forward is not copied: for the fused loss the joint network answers the one call that forward makes with what
 its logits are made of, and the method that computes the loss recognises that.
+
+Where `report_cer` or `report_wer` is true, validation decodes: `validation_search: maes` (the default) with the batched
+search, to the figures of ESPnet's mAES with beam 2; `greedy` with the best label alone; `espnet` by ESPnet's own code.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from espnet_mega_plugin.rnnt.pruned import (
 )
 
 LOSSES = ("auto", "fused", "standard", "pruned", "k2")
+SEARCHES = ("maes", "greedy", "espnet")
 SIMPLE = ("am_proj", "lm_proj")  # the layers of the pruned loss's simple loss
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -63,21 +67,27 @@ class DeferringJointNetwork(JointNetwork):
 
 
 class MegaTransducerModel(ESPnetASRTransducerModel):
-    """ESPnet's model with its arguments and one more.
+    """ESPnet's model with its arguments and two more.
 
     Args:
         transducer_loss: one of `LOSSES`, see above.
+        validation_search: one of `SEARCHES`, see above.
 
     Raises:
         ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
-            network that is not ESPnet's.
+            network that is not ESPnet's; ``validation_search`` is none of those.
     """
 
-    def __init__(self, *args, transducer_loss: str = "auto", **kwargs) -> None:
+    def __init__(self, *args, transducer_loss: str = "auto", validation_search: str = "maes", **kwargs) -> None:
+        if validation_search not in SEARCHES:
+            raise ValueError(
+                f"model_conf: validation_search must be one of {', '.join(map(repr, SEARCHES))}; "
+                f"got {validation_search!r}."
+            )
         given = inspect.signature(ESPnetASRTransducerModel).bind(*args, **kwargs).arguments
         choice = _resolved(transducer_loss, given.get("use_k2_pruned_loss", False))
         super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
-        self.transducer_loss = transducer_loss
+        self.transducer_loss, self.validation_search = transducer_loss, validation_search
         self._choice = choice
         self._said = None
         if choice in ("auto", "fused") and type(self.joint_network) is JointNetwork:
@@ -88,6 +98,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
 
     def forward(self, *args, **kwargs):
         """As ESPnet's: the loss, statistics, and the batch size."""
+        if not self.training and self.error_calculator is None and (self.report_cer or self.report_wer):
+            self.error_calculator = self._error_calculator()
         if self._choice not in ("auto", "fused") or self._needs_logits():
             return super().forward(*args, **kwargs)
         self.joint_network.deferring = True
@@ -95,6 +107,28 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             return super().forward(*args, **kwargs)
         finally:
             self.joint_network.deferring = False
+
+    def _error_calculator(self) -> object | None:
+        """What decodes in validation; None: ESPnet's forward makes its own."""
+        if self.validation_search == "espnet":
+            return None
+        if self.validation_search == "maes" and not isinstance(self.joint_network, JointNetwork):
+            return None  # the same figures; the batched search takes ESPnet's joint network apart
+        from espnet_mega_plugin.espnet_search import BatchedErrorCalculator
+
+        if self.use_k2_pruned_loss and self.k2_loss_type == "modified":
+            self.validation_nstep = 1  # as in ESPnet: the loss knows one label a frame
+        return BatchedErrorCalculator(
+            self.decoder,
+            self.joint_network,
+            self.token_list,
+            self.sym_space,
+            self.sym_blank,
+            search_type=self.validation_search,
+            nstep=self.validation_nstep,
+            report_cer=self.report_cer,
+            report_wer=self.report_wer,
+        )
 
     def _calc_transducer_loss(
         self, encoder_out: Tensor, joint_out: Tensor | Projected, target: Tensor, t_len: Tensor, u_len: Tensor
@@ -264,8 +298,8 @@ def _standard_loss_is_ours() -> bool:
 def _signature() -> inspect.Signature:
     """ESPnet's arguments and ours: ESPnet's parser reads names and defaults of `model_conf` from it."""
     theirs = inspect.signature(ESPnetASRTransducerModel.__init__)
-    ours = inspect.signature(MegaTransducerModel.__init__).parameters["transducer_loss"]
-    return theirs.replace(parameters=[*theirs.parameters.values(), ours])
+    ours = inspect.signature(MegaTransducerModel.__init__).parameters
+    return theirs.replace(parameters=[*theirs.parameters.values(), ours["transducer_loss"], ours["validation_search"]])
 
 
 MegaTransducerModel.__init__.__signature__ = _signature()

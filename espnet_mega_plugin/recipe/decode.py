@@ -1,7 +1,8 @@
-"""Stage 12: decode every test set with every inference configuration, by ESPnet's command, in parallel.
+"""Stage 12: decode every test set with every inference configuration, by ESPnet's command or the plugin's, in parallel.
 
 The utterances of each (configuration, set) are split into key files, one job each, and the jobs of all pairs share
-one pool. Afterwards `<exp>/<tag>/<set>/{text,token,token_int,score}` hold all utterances in the order of wav.scp.
+one pool. Afterwards `<exp>/<tag>/<set>/{text,token,token_int,score}` hold all utterances in the order of wav.scp; the
+plugin's command also gives `{timestamps,confidence,ctm}` (`decode/results.py`).
 """
 
 import argparse
@@ -20,8 +21,9 @@ from espnet_mega_plugin.recipe.progress import LogFollower, StatusLine, bar, clo
 from espnet_mega_plugin.recipe.stats import even_parts
 
 MERGED = ("text", "token", "token_int", "score")
-# What asr_transducer_inference says once an utterance, given --display_hypotheses
-UTTERANCE_DONE = re.compile(r"INFO: Final best hypothesis|WARNING: Utterance .*return empty results")
+TIMED = ("timestamps", "confidence", "ctm")  # of the plugin's command alone
+# What the commands say once an utterance, given --display_hypotheses
+UTTERANCE_DONE = re.compile(r"INFO: Final best hypothesis|WARNING: Utterance .*(return empty results|is skipped)")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def plan(command: Sequence[str], config: Path | None, wav_scp: Path, folder: Pat
     lines = wav_scp.read_text(encoding="utf-8").splitlines(keepends=True)
     logdir = folder / "logdir"
     shutil.rmtree(logdir, ignore_errors=True)
-    for name in MERGED:
+    for name in (*MERGED, *TIMED):
         (folder / name).unlink(missing_ok=True)
     logdir.mkdir(parents=True)
     jobs = []
@@ -73,6 +75,11 @@ def merge(decoding: Decoding) -> list[str]:
         lines = [f"{key} {found.get(key, '')}".rstrip() + "\n" for key in decoding.keys]
         (decoding.folder / name).write_text("".join(lines), encoding="utf-8")
         missing = missing or [key for key in decoding.keys if key not in found]
+    for name in TIMED:
+        tables = [output / "1best_recog" / name for output in decoding.outputs]
+        lines = [table.read_text(encoding="utf-8") for table in tables if table.exists()]
+        if lines:
+            (decoding.folder / name).write_text("".join(lines), encoding="utf-8")
     return missing
 
 
@@ -104,7 +111,8 @@ def main() -> None:
     parser.add_argument("--tags", required=True, help="folder of each configuration's results below asr_exp")
     parser.add_argument("--nj", type=int, default=1, help="parallel processes")
     parser.add_argument("--worker", default="", help="command of recipe/worker.py: import ESPnet once a process")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's inference command")
+    parser.add_argument("--submit", default="", help="runner that decodes elsewhere, such as 'slurm.pl --gpu 1'")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ESPnet's inference command, or the plugin's")
     args = parser.parse_args()
     leave_on_signals()
     command = [*args.command[1:], "--display_hypotheses", "true"]
@@ -118,7 +126,7 @@ def main() -> None:
     jobs = [job for decoding in decodings for job in decoding.jobs]
     try:
         progress = Progress(decodings)
-        run_jobs(jobs, args.nj, shlex.split(args.worker), progress.show)
+        run_jobs(jobs, args.nj, shlex.split(args.worker), progress.show, shlex.split(args.submit))
     except JobFailed as error:
         sys.exit(f"\ndecode: {error}")
     progress.finish()

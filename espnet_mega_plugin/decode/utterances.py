@@ -1,0 +1,87 @@
+"""The utterances to decode: read by several threads, put together by length, unreadable ones told apart."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from espnet2.tasks.asr_transducer import ASRTransducerTask
+from espnet2.train.dataset import ESPnetDataset
+
+POOL = 16  # batches whose utterances are sorted by length together; results are written when a pool is done
+
+
+@dataclass(frozen=True)
+class Utterance:
+    key: str
+    speech: np.ndarray | None  # None: unreadable
+    trouble: str | None = None  # why it cannot be decoded
+
+
+class Reader:
+    """Utterances by key, through ESPnet's own readers and preprocessing.
+
+    Args:
+        data: ESPnet's triples (file, name, type), of which one is named speech.
+        args: the model's training arguments.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no triple, or more than one, is named speech; a file has no utterances.
+    """
+
+    def __init__(self, data: Sequence[tuple[str, str, str]], args: argparse.Namespace, others: bool = False):
+        names = [name for _, name, _ in data]
+        if names.count("speech") != 1 or (len(names) > 1 and not others):
+            raise ValueError(f"data_path_and_name_and_type: expected one entry FILE,speech,TYPE; got {data}.")
+        ((path, name, kind),) = (entry for entry in data if entry[1] == "speech")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"data_path_and_name_and_type: there is no file {path}.")
+        try:
+            self._data = ESPnetDataset(
+                [(path, name, kind)], preprocess=ASRTransducerTask.build_preprocess_fn(args, False)
+            )
+        except RuntimeError as error:
+            raise ValueError(f"data_path_and_name_and_type: {path},{name},{kind}: {error}.") from error
+        self.keys = [str(key) for key in self._data]
+
+    def __call__(self, key: str) -> Utterance:
+        try:
+            speech = self._data[key][1]["speech"]
+        except Exception as error:  # whatever a reader raises for a broken file: the others are to be decoded
+            return Utterance(key, None, f"cannot be read: {type(error).__name__}: {error}")
+        if not len(speech):
+            return Utterance(key, None, "is empty")
+        if not np.isfinite(speech).all():
+            return Utterance(key, None, "holds NaN or infinite numbers")
+        return Utterance(key, speech)
+
+
+def pools(read: Reader, keys: Sequence[str], size: int, threads: int) -> Iterator[list[Utterance]]:
+    """All utterances in order, so many at a time; the next ones are read in the meantime."""
+    parts = [keys[i : i + size] for i in range(0, len(keys), size)]
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as executor:
+        coming = [executor.submit(read, key) for key in parts[0]] if parts else []
+        for following in [*parts[1:], []]:
+            pool, coming = coming, [executor.submit(read, key) for key in following]
+            yield [utterance.result() for utterance in pool]
+
+
+def batches(utterances: Iterable[Utterance], batch_size: int, most: float) -> Iterator[list[Utterance]]:
+    """Batches of utterances of similar length, longest first.
+
+    Args:
+        most: length of a padded batch at most, in the unit of `speech`; an utterance longer than that is a batch.
+    """
+    batch: list[Utterance] = []
+    for utterance in sorted(utterances, key=lambda u: len(u.speech), reverse=True):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(batch[0].speech) > most):
+            yield batch
+            batch = []
+        batch.append(utterance)
+    if batch:
+        yield batch
