@@ -19,6 +19,7 @@ from search_oracles import log_probs_of, numbered_frames, random_table, shifted,
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.search import search as search_module
+from espnet_mega_plugin.search.maes import Maes
 from espnet_mega_plugin.search.search import BatchedSearch
 from espnet_mega_plugin.search.tree import LabelTree
 
@@ -164,17 +165,28 @@ def assert_same(got: list, want: list) -> None:
         )
 
 
+class FixedTree(LabelTree):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fixed_shapes = True
+
+
+class RoomyMaes(Maes):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.most = self.beam_size * self.tokens**self.nstep
+
+
 @contextlib.contextmanager
-def fixed_shapes():
-    """Shapes as on a GPU, where none may depend on numbers that only the device knows."""
+def fixed_shapes(room_for_all: bool = True):
+    """Shapes as on a GPU, where none may depend on numbers that only the device knows.
 
-    class FixedTree(LabelTree):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.fixed_shapes = True
-
-    search_module.LabelTree = FixedTree
+    Args:
+        room_for_all: of mAES, whether each label that a hypothesis may take has a place; else there are so many
+            places as on a GPU, and the least probable labels may have none.
+    """
+    search_module.LabelTree, search_module.Maes = FixedTree, RoomyMaes if room_for_all else Maes
     try:
         yield
     finally:
-        search_module.LabelTree = LabelTree
+        search_module.LabelTree, search_module.Maes = LabelTree, Maes

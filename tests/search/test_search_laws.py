@@ -38,8 +38,10 @@ every_search = pytest.mark.parametrize("search_type", SEARCH_TYPES)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_it_is_the_plain_search_over_forward(kind, search_type):
     """The plain one runs the prediction network over each whole prefix, as in training."""
-    problem = network_problem(kind, [0, 7, 10] if search_type != "alsd" else [1, 5, 7])
-    options = random_options(search_type, problem.V)
+    if (kind, search_type) == ("stateless", "alsd"):
+        pytest.skip("many label sequences have the same score in any order of their pairs")
+    problem = network_problem(kind, [0, 4, 7])
+    options = random_options(search_type, problem.V, beam_size=3) | {"nstep": 1 + (kind != "stateless")}
     lists = problem.found(options, window=random.choice(WINDOWS))
     for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
         assert_same_nbest(nbest, plain.search(log_probs, T, options))
@@ -49,12 +51,17 @@ def test_it_is_the_plain_search_over_forward(kind, search_type):
 @pytest.mark.parametrize("kind", [*MEGA, "stateless"])
 def test_it_is_espnets_search(kind, search_type):
     """Of alsd where that gives hypotheses that came to the end. ESPnet's RNN decoder cannot search in float64."""
+    T = 9
     while True:
-        problem = network_problem(kind, [14])
+        problem = network_problem(kind, [T])
+        if search_type == "alsd":
+            problem.joint.lin_out.bias.data[0] += 4.0  # or it rarely is right
         options = random_options(search_type, problem.V, beam_size=3)
-        raw = plain.alsd(problem.log_probs[0], 14, 3, options["u_max"], finish=False) if search_type == "alsd" else []
-        if all(one.score <= log_probability(problem.log_probs[0], 14, one.labels) + 1e-9 for one in raw):
-            break  # all came to the end
+        if kind == "stateless" and "nstep" in options:
+            options["nstep"] = 1
+        ends = [plain.alsd(problem.log_probs[0], T, 3, options.get("u_max", 0), finish=finish) for finish in (0, 1)]
+        if search_type != "alsd" or ends[0] == ends[1]:
+            break
     theirs = dict(options)
     if search_type == "greedy":
         options["nbest"] = theirs["nbest"] = 1
@@ -98,14 +105,14 @@ def test_no_score_is_above_the_true_one(search_type):
 @every_search
 @pytest.mark.parametrize("kind", ["simple", "chunk", "lstm"])
 def test_no_score_is_above_the_loss(kind, search_type):
-    problem = network_problem(kind, [6, 11])
+    problem = network_problem(kind, [6, 9])
     options = random_options(search_type, problem.V, beam_size=4) | {"nbest": 1000}
     for b, nbest in enumerate(problem.found(options)):
         for one in nbest:
             outputs = outputs_of(problem.decoder)(torch.tensor([one.yseq]))
             logits = problem.joint(problem.utterance(b)[None, :, None], outputs[:, None])
             T, U = torch.tensor([problem.lengths[b]]), torch.tensor([len(one.yseq) - 1])
-            [cost] = rnnt_loss(logits, torch.tensor([one.yseq[1:]]), T, U, reduction="none")
+            [cost] = rnnt_loss(logits, torch.tensor([one.yseq])[:, 1:], T, U, reduction="none")
             assert one.score <= -float(cost) + 1e-9
 
 
@@ -115,8 +122,8 @@ def test_no_score_is_above_the_loss(kind, search_type):
 @every_search
 def test_neighbours_order_and_padding_change_nothing(search_type):
     """What is behind an utterance is NaN in all these tests; here it is something else as well."""
-    for problem in (tabled_problem([7, 0, 12, 1, 5]), network_problem("simple", [7, 0, 12, 1, 5])):
-        search = problem.search(random_options(search_type, problem.V) | {"nbest": 3})
+    for problem in (tabled_problem([7, 0, 9, 1, 5]), network_problem("simple", [7, 0, 9, 1, 5])):
+        search = problem.search(random_options(search_type, problem.V) | {"nbest": 3, "nstep": 2})
         lengths = torch.tensor(problem.lengths)
         batch = search(problem.encoder_out, lengths)
         alone = [search(problem.utterance(b)[None])[0] for b in range(5)]
@@ -155,8 +162,8 @@ def test_a_search_remembers_nothing(search_type):
 @every_search
 @pytest.mark.parametrize("kind", [*MEGA, "lstm"])
 def test_fixed_shapes_change_nothing(kind, search_type):
-    problem = network_problem(kind, [8, 0, 5])
-    options = random_options(search_type, problem.V, beam_size=2)
+    problem = network_problem(kind, [6, 0, 4])
+    options = random_options(search_type, problem.V, beam_size=2) | {"nstep": 2, "expansion_beta": 1}
     as_they_come = problem.found(options, window=3)
     with fixed_shapes():
         assert_same(problem.found(options, window=3), as_they_come)
@@ -200,8 +207,8 @@ class Bonus(SequenceScorer):
 @every_search
 @pytest.mark.parametrize("largest", [0.0, 0.7], ids=["penalties", "bonuses"])
 def test_fusion_is_that_of_the_plain_search(search_type, largest):
-    for _ in range(10):
-        problem = tabled_problem(random_lengths(3, longest=7))
+    for _ in range(6):
+        problem = tabled_problem(random_lengths(3, longest=6))
         options = random_options(search_type, problem.V)
         one, other = (Bonus(problem.V, random.randrange(2**31), largest) for _ in range(2))
 
