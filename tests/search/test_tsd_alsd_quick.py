@@ -58,6 +58,8 @@ def test_is_espnets_search_of_each_utterance_alone(search_type):
             with fixed_shapes():
                 found.append(problem.found(options))
             assert_same(*found)
+            b = problem.lengths.index(max(problem.lengths))
+            assert_same(problem.search(options)(problem.utterance(b)[None]), found[0][b : b + 1])
             for b, T in enumerate(problem.lengths):
                 want = by_espnet(problem, options, b)
                 if is_espnets_fault(options, T, want):
