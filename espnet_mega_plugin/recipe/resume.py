@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +31,10 @@ BACKUP = re.compile(r"checkpoint\.epoch(\d+)\.backup")
 EPOCH = re.compile(r"(\d+)epoch\.pth")
 
 
-def check_same_model(config: Path, token_list: Path, exp: Path) -> None:
+def check_same_model(config: Path, token_list: Path, exp: Path, command: Sequence[str] = ()) -> None:
     """Do nothing when the training in `exp` was begun with this configuration and token list, or has not begun.
+
+    command: of the training; its options go before what the configuration says, as they do for ESPnet.
 
     Raises:
         ValueError: it was begun with others; names what differs.
@@ -41,7 +43,8 @@ def check_same_model(config: Path, token_list: Path, exp: Path) -> None:
         return
     begun = yaml.safe_load((exp / "config.yaml").read_text(encoding="utf-8"))
     wanted = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    differences = [d for key, value in (wanted or {}).items() if key not in MAY_CHANGE
+    wanted = _overridden(wanted or {}, command)
+    differences = [d for key, value in wanted.items() if key not in MAY_CHANGE
                    for d in _differences(key, value, begun.get(key))]  # fmt: skip
     tokens = token_list.read_text(encoding="utf-8").split("\n")[:-1]
     if begun.get("token_list") and begun["token_list"] != tokens:
@@ -51,6 +54,21 @@ def check_same_model(config: Path, token_list: Path, exp: Path) -> None:
             f"the training in {exp} was begun with something else: {'; '.join(differences[:5])}. "
             f"Give this one another name with --asr_tag, or remove {exp}"
         )
+
+
+def _overridden(config: dict, command: Sequence[str]) -> dict:
+    """The configuration with the values of `--key value` and `--key_conf name=value` in a command, the last of each."""
+    result = dict(config)
+    for flag, value in zip(command, command[1:], strict=False):
+        key = flag.removeprefix("--")
+        if flag == key or key not in config:
+            continue
+        name, equals, inner = value.partition("=")
+        if isinstance(result[key], dict) and equals:
+            result[key] = {**result[key], name: inner}
+        else:
+            result[key] = value
+    return result
 
 
 def _differences(key: str, wanted, begun) -> list[str]:
@@ -64,11 +82,11 @@ def _differences(key: str, wanted, begun) -> list[str]:
 
 
 def _plain(value):
-    """`1e-3` is text in YAML 1.1 and a number to ESPnet; `none` is how its options write None."""
-    if value == "none":
-        return None
+    """`1e-3` is text in YAML 1.1 and a number to ESPnet; `none`, `true` and `false` are how its options write them."""
+    if isinstance(value, str) and value.lower() in ("none", "true", "false"):
+        return {"none": None, "true": 1.0, "false": 0.0}[value.lower()]
     try:
-        return float(value) if isinstance(value, str) else value
+        return float(value) if isinstance(value, str | bool) else value
     except ValueError:
         return value
 

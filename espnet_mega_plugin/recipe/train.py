@@ -109,7 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     leave_on_signals()
     try:
-        check_same_model(args.config, args.token_list, args.exp)
+        check_same_model(args.config, args.token_list, args.exp, args.command)
         status = run_training(args.command[1:], args.exp, args.launcher)
     except (OSError, ValueError) as error:
         sys.exit(f"train: {error}")

@@ -288,9 +288,8 @@ def test_a_language_model_without_weight_changes_nothing(scored, language_model)
 
 def test_speed_is_reported(scored):
     folder, _ = scored
-    figures = re.search(
-        r"### RTF\n\n.*\n.*\n\|decode_maes\S+/train\|(.*)\|\n", (folder / EXP / "RESULTS.md").read_text()
-    )
+    table = (folder / EXP / "RESULTS.md").read_text().split("### RTF")[1]
+    figures = re.search(r"\n\|decode_maes_asr_model\S+/train\|(.*)\|\n", table)
     timed, audio, seconds, jobs, factor = map(float, figures.group(1).split("|"))
     samples = read_table(folder / "dump/raw/train/utt2num_samples")
     assert (timed, jobs) == (len(SENTENCES) - 2, 2)  # but the first of each job
@@ -423,8 +422,6 @@ def test_two_machines_are_one(alone, tmp_path):
         together, once = weights(folder, f"together/{epoch}epoch.pth"), weights(folder, f"alone/{epoch}epoch.pth")
         torch.testing.assert_close(together, once, rtol=1e-4, atol=1e-5)
     assert (folder / "exp/together/train.1.log").exists()  # the launcher moves the first log
-    log = (folder / "exp/together/train.log").read_text()
-    assert "world_size=2" in log.replace(": ", "=") or "Distributed" in log
     [first, second] = calls(tmp_path / "bin", "sbatch")
     assert first[first.index("--nodes") + 1] == "2" and second[-1] == "exp/together/q/train.sh"
     [step, _] = calls(tmp_path / "bin", "srun")

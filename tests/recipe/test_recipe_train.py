@@ -203,6 +203,7 @@ def begun(tmp_path):
         "optim_conf": {"lr": 0.002},
         "patience": None,
         "grad_clip": None,
+        "use_amp": False,
         "seed": 0,
         "token_list": ["<blank>", "<unk>", "A", "<sos/eos>"],
     }
@@ -211,9 +212,9 @@ def begun(tmp_path):
     (tmp_path / "exp" / "checkpoint.pth").touch()
     (tmp_path / "tokens.txt").write_text("<blank>\n<unk>\nA\n<sos/eos>\n")
 
-    def check(**changes):
+    def check(*command, **changes):
         (tmp_path / "train.yaml").write_text(yaml.safe_dump({**CONFIG, **changes}))
-        check_same_model(tmp_path / "train.yaml", tmp_path / "tokens.txt", tmp_path / "exp")
+        check_same_model(tmp_path / "train.yaml", tmp_path / "tokens.txt", tmp_path / "exp", command)
 
     return check
 
@@ -221,6 +222,27 @@ def begun(tmp_path):
 def test_the_same_configuration_resumes(begun):
     begun()
     begun(max_epoch=40, num_workers=3, keep_nbest_models=1)
+
+
+def test_options_go_before_the_configuration(begun):
+    """What --asr_args changed when the training began, it changes when it goes on."""
+    options = [
+        "--decoder",
+        "mega",
+        "--optim_conf",
+        "lr=2e-3",
+        "--use_amp",
+        "false",
+        "--seed",
+        "7",
+        "--grad_clip",
+        "none",
+    ]
+    begun(*options, decoder="rnn", optim_conf={"lr": 0.1}, use_amp=True, grad_clip=3.0)
+    with pytest.raises(ValueError, match="optim_conf.lr was 0.002, is now 0.1"):
+        begun("--optim_conf", "lr=2e-3", "--optim_conf", "lr=0.1")
+    with pytest.raises(ValueError, match="decoder was mega, is now rnn"):
+        begun("--decoder", "rnn")
 
 
 @pytest.mark.parametrize(
