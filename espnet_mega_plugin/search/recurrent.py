@@ -3,7 +3,10 @@
 R new prefixes, N layers of all modules together, D hidden units.
 
 Calling a torch module for a single label costs several times its arithmetic on a CPU: it prepares its weights for a
-long sequence each time. torch's functions for a single cell do not (figures in tests/bench/results.csv).
+long sequence each time. torch's functions for a single cell do not.
+
+torch's dynamic quantisation rounds what comes in to a range that all rows of a call share: with quantised layers, and
+only with them, the last digits of a prefix depend on the others that are scored with it.
 """
 
 from __future__ import annotations

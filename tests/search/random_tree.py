@@ -74,10 +74,11 @@ class RandomTree:
                 live[b, h], wanted[b, h] = node, True
         tree, nodes, leaves = self.tree, C, C
         before = tree.used_nodes
-        # One more than is free: moved at moments that a search would not choose. Not of a large tree, which would grow.
-        if tree.nodes < 100 and self.random.random() < 0.3:
+        # One more than is free: moved at moments that a search would not choose. Where little can be given up, a tree
+        # grows instead.
+        if 12 < tree.used_nodes and tree.nodes < 400 and self.random.random() < 0.3:
             nodes = max(C, tree.nodes - tree.used_nodes + 1)
-        if tree.leaves < 100 and self.random.random() < 0.3:
+        if 8 < tree.used_leaves and tree.leaves < 400 and self.random.random() < 0.3:
             leaves = max(C, tree.leaves - tree.used_leaves + 1)
         live = tree.make_room(nodes, leaves, live, wanted)
         self.moves += tree.used_nodes < before

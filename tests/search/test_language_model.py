@@ -52,7 +52,7 @@ def check(scorer, oracle, seed, fixed_shapes, tolerance, rounds=30) -> None:
     for labels, out in tree.grow(rounds):
         torch.testing.assert_close(out, oracle(labels), rtol=tolerance, atol=tolerance)
         count, longest = count + 1, max(longest, len(labels))
-    assert count > 2 * rounds and longest > 4 and tree.moves > 1, (count, longest, tree.moves)
+    assert count > 2 * rounds and longest > 4 and tree.moves, (count, longest, tree.moves)
 
 
 @fixed_shapes
@@ -122,7 +122,7 @@ def test_a_model_trained_with_espnet_is_loaded(lm, conf, tmp_path, seed):
     model = saved(tmp_path, lm, conf)
     loaded = load_language_model(None, tmp_path / "valid.loss.ave.pth", dtype="float64")
     assert not loaded.training
-    check(scorer_of_lm(loaded, V), whole(model.lm.double().eval()), seed, False, 1e-12, rounds=20)
+    check(scorer_of_lm(loaded, V), whole(model.lm.double().eval()), seed, False, 1e-12, rounds=30)
     with pytest.raises(TypeError, match=r"ESPnetLanguageModel.*has no batch_score.*attribute `lm`"):
         scorer_of_lm(model, V)
 
