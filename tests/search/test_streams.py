@@ -50,11 +50,11 @@ def play(problem, options, most_at_once: int) -> None:
                 open_[stream][1] += more
         streams.push(pushed)
         assert len(streams) == len(open_)
-        for stream, (b, done) in open_.items():
-            if random.random() < 0.2:
-                partial = streams.partial(stream)
-                assert_same([partial], search(problem.utterance(b)[None, :done]))
-                kept.append((partial, copy.deepcopy(partial)))
+        if open_:
+            stream, (b, done) = random.choice(list(open_.items()))
+            partial = streams.partial(stream)
+            assert_same([partial], search(problem.utterance(b)[None, :done]))
+            kept.append((partial, copy.deepcopy(partial)))
     assert kept
     for partial, as_it_was in kept:
         assert partial == as_it_was
