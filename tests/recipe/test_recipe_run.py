@@ -265,8 +265,10 @@ def test_the_ngram_counts_the_recognisers_tokens(language_model):
     assert re.search(r"perplexity of dump/raw/dev/text: \d", output)
 
 
-def test_a_language_model_without_weight_changes_nothing(scored, language_model):
+def test_a_language_model_without_weight_changes_nothing(scored, language_model, tmp_path):
+    """On a cluster, where every job is submitted, as on this machine."""
     folder, _ = scored
+    install(tmp_path / "bin")
     options = [
         "--test_sets",
         "train",
@@ -277,13 +279,18 @@ def test_a_language_model_without_weight_changes_nothing(scored, language_model)
         "--stop_stage",
         "12",
     ]
-    run(folder, *WITH_LM, *options, "--inference_args", "--lm_weight 0.0", "--nj", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("cmd_backend", "slurm")
+        run(folder, *WITH_LM, *options, "--inference_args", "--lm_weight 0.0")
     tag = "decode_maes_lm_weight0.0_lm_lm_lm_en_char_valid.loss.ave_asr_model_valid.loss.ave"
     for name in ("text", "token_int", "score"):
         plain = read_table(folder / EXP / "decode_maes_asr_model_valid.loss.ave" / "train" / name)
         assert read_table(folder / EXP / tag / "train" / name) == plain
-    log = (folder / EXP / tag / "train" / "logdir" / "asr_inference.1.log").read_text()
-    assert f"--lm_file {LM_EXP}/valid.loss.ave.pth" in log
+    logs = folder / EXP / tag / "train" / "logdir"
+    assert f"--lm_file {LM_EXP}/valid.loss.ave.pth" in (logs / "asr_inference.1.log").read_text()
+    scripts = {words[-1] for words in calls(tmp_path / "bin", "sbatch")}
+    assert scripts == {str(logs.relative_to(folder) / "q" / f"asr_inference.{n}.sh") for n in (1, 2)}
 
 
 def test_speed_is_reported(scored):
