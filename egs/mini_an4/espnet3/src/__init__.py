@@ -1,0 +1,1 @@
+"""What the configurations of this recipe name by `src.`"""
