@@ -1,4 +1,4 @@
-"""What tsd and alsd have in common: all hypotheses look at a frame, and the best of what they may do next is done.
+"""What the searches have in common.
 
 B utterances, H hypotheses, K tokens each of them may take, C candidates, R hypotheses that are there, J joint space,
 V tokens.
@@ -43,6 +43,11 @@ class Algorithm:
         self._utterance = torch.arange(utterances, device=self.tree.device)[:, None]
         more = utterances - old.score.shape[0]
         self.hypotheses = Hypotheses(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in old))
+
+    def forget_traces(self, closed: Tensor) -> None:
+        """Drop the record of what leads to no hypothesis any more. closed: utterances without one. (B,) bool"""
+        there = self.hypotheses.there & ~closed[:, None]
+        self.hypotheses = self.hypotheses._replace(entry=self.traces.compacted(self.hypotheses.entry, there))
 
     def _make_room(self, most: int) -> None:
         """For so many labels an utterance. Renumbers the nodes of `self.hypotheses`."""

@@ -50,7 +50,7 @@ class Frames:
     def widen(self, utterances: int) -> None:
         more = utterances - len(self.count)
         pad = torch.nn.functional.pad
-        self.count, self.at, self.first = pad(self.count, (0, more)), pad(self.at, (0, more)), pad(self.first, (0, more))
+        self.count, self.at, self.first = (pad(number, (0, more)) for number in (self.count, self.at, self.first))
         if self.projected is not None:
             self.projected = pad(self.projected, (0, 0, 0, 0, 0, more))
         self._place = torch.arange(utterances, device=self.device)[:, None]

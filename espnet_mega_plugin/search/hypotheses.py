@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,36 @@ class Traces:
         )
         self.utterances = utterances
 
+    def compacted(self, entry: Tensor, wanted: Tensor) -> Tensor:
+        """Drop what is on the way to none of these entries. (B, H), (B, H) bool
+
+        Returns:
+            entry: their new numbers; -1 where none is wanted. (B, H)
+        """
+        kept = torch.zeros(self.utterances, self.used + 1, dtype=torch.bool, device=self.device)
+        step = torch.where(wanted, entry, -1)
+        while bool((step >= 0).any()):
+            kept.scatter_(1, torch.where(step >= 0, step, self.used), True)
+            before = self.before.gather(1, step.clamp(min=0)) if self.used else step
+            step = torch.where(step >= 0, before, -1)
+        kept = kept[:, :-1]
+        new = (kept.cumsum(1) - 1).clamp(min=0)
+        used = int(kept.sum(1).max()) if self.used else 0
+        old = torch.argsort(~kept, dim=1, stable=True)[:, :used]
+        before = self.before.gather(1, old)
+        before = torch.where(before >= 0, new.gather(1, before.clamp(min=0)), -1)
+        self.before, self.label, self.frame, self.logp = (
+            before,
+            *(tensor.gather(1, old) for tensor in (self.label, self.frame, self.logp)),
+        )
+        self.room = self.used = used
+        return torch.where(wanted & (entry >= 0), new.gather(1, entry.clamp(min=0)) if new.shape[1] else entry, -1)
+
     def read(self, utterance: int, scores: list[float], entries: list[int]) -> list[Hypothesis]:
         """The hypotheses of one utterance that end with these entries."""
-        before, label, frame = (t[utterance, : self.used].tolist() for t in (self.before, self.label, self.frame))
-        logp = self.logp[utterance, : self.used].tolist()
+        before, label, frame, logp = (
+            t[utterance, : self.used].cpu().numpy() for t in (self.before, self.label, self.frame, self.logp)
+        )
         hypotheses = []
         for score, entry in zip(scores, entries, strict=True):
             path = []
@@ -66,7 +93,7 @@ class Traces:
                 path.append(entry)
                 entry = before[entry]
             path.reverse()
-            hypotheses.append(
-                Hypothesis(score, [0, *(label[e] for e in path)], [frame[e] for e in path], [logp[e] for e in path])
-            )
+            index = np.array(path, dtype=np.int64)
+            labels = [0, *label[index].tolist()]
+            hypotheses.append(Hypothesis(score, labels, frame[index].tolist(), logp[index].tolist()))
         return hypotheses

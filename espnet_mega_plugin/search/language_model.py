@@ -85,6 +85,9 @@ class RecurrentLM(LabelScorer):
         self._lm, self._sos = lm, vocab_size - 1
         self._layers = RecurrentLayers([lm.rnn])
 
+    def fresh(self) -> RecurrentLM:
+        return RecurrentLM(self._lm, self._sos + 1)
+
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         self._layers.reserve(utterances, leaves)
 
@@ -109,6 +112,9 @@ class AnyLM(LabelScorer):
 
     def __init__(self, lm: nn.Module, vocab_size: int):
         self._lm, self._vocab_size, self._leaves = lm, vocab_size, LeafObjects()
+
+    def fresh(self) -> AnyLM:
+        return AnyLM(self._lm, self._vocab_size)
 
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         self._leaves.reserve(utterances, leaves)

@@ -95,7 +95,7 @@ class Maes(Algorithm):
         self.hypotheses = best(merged(ended), self.beam_size).where(busy, self.hypotheses)
         self.frames.at += busy
 
-    # --- frames with nothing but blank ---------------------------------------------------------------------------------
+    # --- frames with nothing but blank
 
     def _skip_blank_frames(self) -> tuple[Tensor, Tensor]:
         """Go on to the first frame at which a label may be taken.
@@ -130,7 +130,7 @@ class Maes(Algorithm):
         """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
         return self.predictions.projected[self._utterance, self.tree.leaf.gather(1, node).clamp(min=0)]
 
-    # --- a frame at which labels are taken -----------------------------------------------------------------------------
+    # --- a frame at which labels are taken
 
     def _expand(self, hypotheses: Hypotheses, busy: Tensor, logits: Tensor) -> Hypotheses:
         """One frame of some utterances.

@@ -19,7 +19,7 @@ class Predictions:
     """Several scorers as one; the tree of a search has this one alone."""
 
     def __init__(self, decoder: LabelScorer, joint: Joint, fusion: Sequence[Fusion] = ()):
-        self._decoder, self._joint, self._fusion = decoder, joint, tuple(fusion)
+        self._decoder, self._joint, self._fusion = decoder, joint, tuple(fused.opened() for fused in fusion)
         self._scorers = [decoder, *(fused.scorer for fused in self._fusion)]
         self._room = 0, 0
         self.projected: Tensor | None = None  # of the decoder's output, into the joint space. (B, M, J)

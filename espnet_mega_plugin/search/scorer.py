@@ -8,6 +8,8 @@ extend hold one. Which node and leaf a prefix gets, and when they are used for a
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -57,8 +59,10 @@ class LabelScorer(Protocol):
 class Fusion:
     """A scorer whose weighted score is added to each label a hypothesis takes, never to blank.
 
-    The scorer may have `largest`, the most a label can be given (0, as for log-probabilities, if it has not), and
-    `final(utterance, leaf)`, added once where the utterance ends. (R,), (R,) -> (R,)
+    The scorer may have `largest`, the most a label can be given (0, as for log-probabilities, if it has not),
+    `final(utterance, leaf)`, added once where the utterance ends ((R,), (R,) -> (R,)), and `fresh()`, which gives the
+    same scorer with nothing remembered: each search has one of its own. Without it the scorer is copied whole.
+    A weight below 0 takes a score away; mAES then leaves no label out by its bound and takes longer.
     """
 
     scorer: LabelScorer
@@ -66,7 +70,14 @@ class Fusion:
 
     @property
     def largest(self) -> float:
+        if self.weight < 0:
+            return math.inf  # nothing says how improbable a label can be
         return max(0.0, self.weight * getattr(self.scorer, "largest", 0.0))
+
+    def opened(self) -> Fusion:
+        """The same for one search, which nothing else uses."""
+        fresh = getattr(self.scorer, "fresh", None)
+        return Fusion(copy.deepcopy(self.scorer) if fresh is None else fresh(), self.weight)
 
 
 def all_fusions(fusion: Fusion | Sequence[Fusion] | None) -> tuple[Fusion, ...]:

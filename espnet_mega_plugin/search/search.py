@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from espnet_mega_plugin.search.tree import LabelTree
 from espnet_mega_plugin.search.tsd import Tsd
 
 SEARCH_TYPES = ("greedy", "maes", "tsd", "alsd")
+
+TIDY = 4096  # entries of an utterance's record after which a stream drops those that lead to no hypothesis any more
 
 _log = logging.getLogger("espnet_mega_plugin")
 
@@ -94,7 +96,9 @@ class BatchedSearch:
             raise ValueError(f"search_type must be one of {', '.join(SEARCH_TYPES)}; got {search_type!r}.")
         vocab_size = getattr(decoder, "vocab_size", None)
         if not isinstance(vocab_size, int):
-            raise TypeError(f"decoder must be one of ESPnet's or the plugin's; {type(decoder).__name__} has no vocab_size.")
+            raise TypeError(
+                f"decoder must be one of ESPnet's or the plugin's; {type(decoder).__name__} has no vocab_size."
+            )
         if search_type == "greedy":
             beam_size, expansion_beta = 1, 0
         tokens = beam_size + expansion_beta if search_type == "maes" else beam_size + (search_type != "greedy")
@@ -178,9 +182,11 @@ class BatchedSearch:
             if not live:
                 _log.warning("A search found nothing: the scores of utterance %d of the batch are not numbers.", b)
             hypotheses = search.traces.read(b, [score[b][h] for h in live], [entry[b][h] for h in live])
-            key: Callable[[Hypothesis], float] = lambda h: h.score / len(h.yseq) if self.score_norm else h.score
-            lists.append(sorted(hypotheses, key=key, reverse=True)[: self.nbest])
+            lists.append(sorted(hypotheses, key=self._order, reverse=True)[: self.nbest])
         return lists
+
+    def _order(self, hypothesis: Hypothesis) -> float:
+        return hypothesis.score / len(hypothesis.yseq) if self.score_norm else hypothesis.score
 
 
 class Streams:
@@ -193,6 +199,7 @@ class Streams:
     def __init__(self, search: BatchedSearch):
         self._options, self._search = search, None
         self._places: dict[int, int] = {}  # stream to place in the batch
+        self._tidy_at = TIDY
         self._next = 0
 
     def __len__(self) -> int:
@@ -249,6 +256,11 @@ class Streams:
             count[place] = len(piece)
         search.frames.append(search.joint.frames(batch), count.to(batch.device))
         search.advance()
+        if search.traces.used > self._tidy_at:
+            closed = torch.ones(len(count), dtype=torch.bool)
+            closed[list(self._places.values())] = False
+            search.forget_traces(closed.to(batch.device))
+            self._tidy_at = max(TIDY, 2 * search.traces.used)
 
     def partial(self, stream: int) -> list[Hypothesis]:
         """The n-best list so far, best first; a list of its own that later frames do not change."""

@@ -28,6 +28,9 @@ class TreeTransformerLM(LabelScorer):
         width = self._layers[0].size
         self._keys, self._values = ([PlaceTensor(width) for _ in self._layers] for _ in range(2))
 
+    def fresh(self) -> TreeTransformerLM:
+        return TreeTransformerLM(self._lm, self._sos + 1)
+
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         for table in (*self._keys, *self._values):
             table.reserve(utterances, nodes)

@@ -215,7 +215,8 @@ class LabelTree:
         self.leaf = moved(self.leaf, -1)
         lineage = torch.zeros_like(self.lineage)
         rows = self.lineage.gather(1, kept[..., None].expand(-1, -1, self.nodes))
-        lineage[:, :used, :used] = rows.gather(2, kept[:, None].expand(-1, used, -1)) & ~(free[..., None] | free[:, None])
+        rows = rows.gather(2, kept[:, None].expand(-1, used, -1))
+        lineage[:, :used, :used] = rows & ~(free[..., None] | free[:, None])
         self.lineage = lineage
         owner = self.owner.clamp(min=0)
         owned = (self.owner >= 0) & keep.gather(1, owner)

@@ -10,6 +10,8 @@ Python. V labels, A arcs, A + 1 nodes, R prefixes.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -120,6 +122,12 @@ class TrieScorer:
         self._chain = _longest_chain(trie, home, fail)
         self._columns = None if columns is None else columns.to(device)
         self._state = torch.zeros(0, 0, dtype=torch.long, device=self.device)  # of each leaf. (B, M)
+
+    def fresh(self):
+        """The same for another search: shared tables, no states."""
+        other = copy.copy(self)
+        other._state = self._state.new_zeros(0, 0)
+        return other
 
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         B, M = self._state.shape

@@ -16,6 +16,8 @@ from search_problems import (
     tabled_problem,
 )
 
+from espnet_mega_plugin.search import maes
+
 
 def test_the_brute_force_sum_is_that_over_alignments():
     table = random_table(V=3, peak=1.0, blank=0.0, seed=random.randrange(2**31))
