@@ -157,6 +157,18 @@ def test_room_made_in_advance_moves_nothing(fixed_shapes):
     assert not any(play.scorer.seen[what] for what in ("grown", "nodes moved", "leaves moved"))
 
 
+def test_a_prefix_that_was_thrown_away_is_never_found():
+    """With fixed shapes it was written to a place that nobody has, which may be somebody's when the room has grown."""
+    play = Play(True, None)
+    play.begin([True] * UTTERANCES)
+    parent, label = torch.full((UTTERANCES, 1), START), torch.ones(UTTERANCES, 1, dtype=torch.long)
+    first = play.tree.nodes
+    while play.tree.nodes < 4 * first:
+        play.tree.reserve(1, 1)
+        assert (play.tree.find(parent, label) == -1).all()
+        play.tree.add(torch.zeros_like(label, dtype=torch.bool), parent, label, torch.full_like(label, -1))
+
+
 def test_deep_hypotheses_cost_what_they_reach_back():
     """With a reach, room is bounded however long the utterance."""
     rooms = {}
