@@ -205,20 +205,22 @@ class Bonus(SequenceScorer):
 
 
 @every_search
-@pytest.mark.parametrize("largest", [0.0, 0.7], ids=["penalties", "bonuses"])
-def test_fusion_is_that_of_the_plain_search(search_type, largest):
-    for _ in range(6):
+@pytest.mark.parametrize(
+    ("largest", "weight"), [(0.0, 0.5), (0.7, 0.5), (0.0, -0.5)], ids=["penalties", "bonuses", "taken away"]
+)
+def test_fusion_is_that_of_the_plain_search(search_type, largest, weight):
+    for _ in range(4):
         problem = tabled_problem(random_lengths(3, longest=6))
         options = random_options(search_type, problem.V)
         one, other = (Bonus(problem.V, random.randrange(2**31), largest) for _ in range(2))
 
         def bonus(labels, one=one, other=other):
-            return [0.8 * a + 0.5 * b for a, b in zip(one.of(labels), other.of(labels), strict=True)]
+            return [0.8 * a + weight * b for a, b in zip(one.of(labels), other.of(labels), strict=True)]
 
         def final(labels, one=one, other=other):
-            return 0.8 * one.at_end(labels) + 0.5 * other.at_end(labels)
+            return 0.8 * one.at_end(labels) + weight * other.at_end(labels)
 
-        lists = problem.found(options, fusion=[Fusion(one, 0.8), Fusion(other, 0.5)])
+        lists = problem.found(options, fusion=[Fusion(one, 0.8), Fusion(other, weight)])
         for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
             assert_same_nbest(nbest, plain.search(log_probs, T, options, bonus, final))
 

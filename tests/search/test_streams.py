@@ -14,6 +14,8 @@ from search_problems import (
     tabled_problem,
 )
 
+from espnet_mega_plugin.search import search as search_module
+
 TYPES = ("greedy", "maes", "tsd")
 
 
@@ -62,7 +64,8 @@ def play(problem, options, most_at_once: int) -> None:
 
 
 @pytest.mark.parametrize("search_type", TYPES)
-def test_streams_come_and_go(search_type):
+def test_streams_come_and_go(search_type, monkeypatch):
+    monkeypatch.setattr(search_module, "TIDY", 30)  # the record is cleared many times
     for _ in range(2):
         problem = tabled_problem([random.choice((0, 1, 5, 10)) for _ in range(8)])
         play(problem, random_options(search_type, problem.V), most_at_once=4)

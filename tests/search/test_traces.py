@@ -17,13 +17,23 @@ from espnet_mega_plugin.search.hypotheses import Traces
 
 
 def test_entries_lead_back_to_the_start():
-    """Against lists, over growth and more utterances."""
+    """Against lists, over growth, more utterances, and when what leads to none of some entries is dropped."""
     traces = Traces(2, torch.device("cpu"))
     paths = [[(-1, [])] for _ in range(2)]  # of each utterance: entries and what leads to them
     for step in range(60):
         if step == 30:
             traces.widen(5)
             paths += [[(-1, [])] for _ in range(3)]
+        if step % 17 == 16:
+            H = 5
+            kept = [random.sample(some, H) for some in paths]
+            wanted = torch.rand(len(paths), H) < 0.8
+            entry = traces.compacted(torch.tensor([[entry for entry, _ in row] for row in kept]), wanted)
+            assert traces.used <= H * step  # of each at most one label a step
+            paths = [
+                [(-1, [])] + [(int(entry[b, h]), path) for h, (_, path) in enumerate(row) if wanted[b, h]]
+                for b, row in enumerate(kept)
+            ]
         C = random.randint(1, 9)
         chosen = [[random.choice(some) for _ in range(C)] for some in paths]
         labels, frames = torch.randint(1, 50, (len(paths), C)), torch.full((len(paths), C), step)
@@ -34,8 +44,8 @@ def test_entries_lead_back_to_the_start():
             for c, (_, path) in enumerate(row):
                 paths[b].append((int(entries[b, c]), [*path, (int(labels[b, c]), step, float(logps[b, c]))]))
     for b, some in enumerate(paths):
-        some = random.sample(some, 40)
-        found = traces.read(b, [float(i) for i in range(40)], [entry for entry, _ in some])
+        random.shuffle(some)
+        found = traces.read(b, [float(i) for i in range(len(some))], [entry for entry, _ in some])
         for i, (one, (_, path)) in enumerate(zip(found, some, strict=True)):
             assert one.score == i
             assert one.yseq == [0, *(label for label, _, _ in path)]
