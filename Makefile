@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BATCHED_CONFIGS := conf/decode_maes.yaml conf/decode_tsd.yaml conf/decode_greedy_batched.yaml
 
 .PHONY: demo test lint build clean help
 help:
@@ -14,6 +15,8 @@ help:
 
 demo: $(VENV)/installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" egs/spoken_numbers/asr1/run.sh $(DEMO_ARGS)
+	PATH="$(abspath $(VENV))/bin:$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" egs/spoken_numbers/asr1/run.sh \
+	    --inference_config "$(BATCHED_CONFIGS)" $(DEMO_ARGS) --stage 12 --stop_stage 13 --batched true
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

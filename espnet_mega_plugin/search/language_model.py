@@ -61,7 +61,7 @@ def load_language_model(
 
     Raises:
         FileNotFoundError: one of the files is not there.
-        ValueError: there is no such dtype.
+        ValueError: there is no such dtype, or the checkpoint's weights are not those of the configuration's model.
     """
     model_file = Path(model_file)
     config_file = model_file.parent / "config.yaml" if config_file is None else Path(config_file)
@@ -73,6 +73,14 @@ def load_language_model(
         raise ValueError(f"dtype must be a torch dtype such as float32, bfloat16 or float16; got {dtype!r}.")
     task = importlib.import_module("espnet2.tasks.lm").LMTask  # the search itself does without ESPnet
     model, _ = task.build_model_from_file(config_file, model_file, device)
+    # ESPnet loads with strict=False: weights of another model would leave random ones
+    given = torch.load(model_file, map_location="cpu", weights_only=False).keys()
+    differing = sorted(given ^ model.state_dict().keys())
+    if differing:
+        raise ValueError(
+            f"{model_file} does not hold the weights of the language model of {config_file}; in one of them alone: "
+            f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. Give the config.yaml of its training."
+        )
     return model.lm.to(wanted).eval()
 
 

@@ -5,9 +5,10 @@ B utterances, T frames, D encoder size, V tokens.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -189,6 +190,17 @@ class BatchedSearch:
         return hypothesis.score / len(hypothesis.yseq) if self.score_norm else hypothesis.score
 
 
+def _outside_inference_mode(method: Callable) -> Callable:
+    """What a stream remembers is written again by a later call, which may be made outside of inference mode."""
+
+    @functools.wraps(method)
+    def wrapped(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return wrapped
+
+
 class Streams:
     """Any number of utterances at once, each going on as its frames come; made by `BatchedSearch.streams`.
 
@@ -206,7 +218,7 @@ class Streams:
         """Open streams."""
         return len(self._places)
 
-    @torch.no_grad()
+    @_outside_inference_mode
     def open(self) -> int:
         """Begin a stream; returns its number."""
         if self._search is None:
@@ -226,7 +238,7 @@ class Streams:
         self._places[stream] = place
         return stream
 
-    @torch.no_grad()
+    @_outside_inference_mode
     def push(self, frames: Mapping[int, Tensor]) -> None:
         """More frames of some streams, and the search as far as they reach.
 

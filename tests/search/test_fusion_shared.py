@@ -44,3 +44,18 @@ def test_a_search_beside_an_open_stream_changes_nothing(kind, weight):
     found = streams.close(stream)
     assert [h.yseq for h in found] == [h.yseq for h in alone]
     torch.testing.assert_close([h.score for h in found], [h.score for h in alone], rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_may_go_in_and_out_of_inference_mode():
+    torch.manual_seed(1)
+    search = BatchedSearch(StatelessDecoder(V, embed_size=8).eval(), JointNetwork(V, 6, 8, joint_space_size=9).eval(), 3)
+    frames = torch.randn(12, 6)
+    whole = search(frames[None])[0]
+    streams = search.streams()
+    with torch.inference_mode():
+        stream = streams.open()
+        streams.push({stream: frames[:5] * 1})
+    streams.push({stream: frames[5:9]})
+    with torch.inference_mode():
+        streams.push({stream: frames[9:] * 1})
+    assert [h.yseq for h in streams.close(stream)] == [h.yseq for h in whole]

@@ -122,6 +122,10 @@ def test_a_model_trained_with_espnet_is_loaded(lm, conf, tmp_path, seed):
     model = saved(tmp_path, lm, conf)
     loaded = load_language_model(None, tmp_path / "valid.loss.ave.pth", dtype="float64")
     assert not loaded.training
+    other = {name.replace("lm.", "ml."): value for name, value in model.state_dict().items()}
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth does not hold the weights .*lm\."):
+        load_language_model(tmp_path / "config.yaml", tmp_path / "other.pth")
     check(scorer_of_lm(loaded, V), whole(model.lm.double().eval()), seed, False, 1e-12, rounds=30)
     with pytest.raises(TypeError, match=r"ESPnetLanguageModel.*has no batch_score.*attribute `lm`"):
         scorer_of_lm(model, V)
