@@ -88,26 +88,54 @@ def _replaced(value, new: Mapping[str, str]):
     return new.get(value, value) if isinstance(value, str) else value
 
 
-def sign(archive: Path, target: Path, own: Mapping, here: Path) -> None:
-    """Write `target`, the pack `archive` with its configuration marked and a README.md."""
+def elsewhere(words: Sequence[str], here: Path) -> dict[str, str]:
+    """Paths outside of the recipe that a command reaches by a symbolic link or an absolute name: resolved -> as given.
+
+    ESPnet packs them under their resolved names, absolute ones in meta.yaml: they would not be found after unpacking.
+    """
+    found = {}
+    for word in words:
+        resolved = Path(word).resolve()
+        if resolved.exists() and not resolved.is_relative_to(here.resolve()):
+            found[str(resolved)] = word if not Path(word).is_absolute() else f"packed/{resolved.name}"
+    return found
+
+
+def sign(archive: Path, target: Path, own: Mapping, here: Path, renamed: Mapping[str, str] | None = None) -> None:
+    """Write `target`, the pack `archive` with its configuration marked and a README.md.
+
+    renamed: see `elsewhere`.
+    """
+    renamed = renamed or {}
+
+    def name_of(path: str) -> str:
+        for resolved, given in renamed.items():
+            if Path("/", path).is_relative_to(resolved):
+                return str(given / Path("/", path).relative_to(resolved))
+        return path
+
     with zipfile.ZipFile(archive) as old, zipfile.ZipFile(target, "w") as new:
-        names = old.namelist()
+        names = {entry: name_of(entry) for entry in old.namelist()}
         meta = yaml.safe_load(old.read("meta.yaml"))
-        name = meta["yaml_files"]["asr_train_config"]
-        config = yaml.safe_load(old.read(name))
+        packed_config = meta["yaml_files"]["asr_train_config"].lstrip("/")
+        for group in ("files", "yaml_files"):
+            meta[group] = {key: name_of(path) for key, path in (meta.get(group) or {}).items()}
+        config = _replaced(yaml.safe_load(old.read(packed_config)), renamed)
         if needs_plugin(config):
             meta["requires"] = {PLUGIN: f">={__version__}"}
+        config = marked(config, own, list(names.values()), here)
         changed = {
             "meta.yaml": yaml.safe_dump(meta),
-            name: yaml.safe_dump(marked(config, own, names, here), sort_keys=False, allow_unicode=True),
+            names[packed_config]: yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
             "README.md": readme(config, meta, target),
         }
-        for entry in (entry for entry in names if entry not in changed):
-            with old.open(entry) as source, new.open(old.getinfo(entry), "w") as copy:
-                while block := source.read(1 << 20):
-                    copy.write(block)
-        for entry, text in changed.items():
-            new.writestr(entry, text)
+        for entry, name in names.items():
+            if name not in changed:
+                with old.open(entry) as source, new.open(name, "w", force_zip64=True) as copy:
+                    while block := source.read(1 << 20):
+                        copy.write(block)
+        for name, text in changed.items():
+            new.writestr(name, text)
 
 
 def readme(config: Mapping, meta: Mapping, archive: Path) -> str:
@@ -132,7 +160,7 @@ def main() -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             sys.exit(f"pack: exit status {result.returncode}: {shlex.join(command)}\n{result.stderr[-2000:]}")
-        sign(plain, new, own_arguments(), Path.cwd())
+        sign(plain, new, own_arguments(), Path.cwd(), elsewhere(command, Path.cwd()))
         new.replace(args.outpath)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         sys.exit(f"pack: {error!r}")

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder as ESPnets
+from espnet2.main_funcs.pack_funcs import pack, unpack
 
 from espnet_mega_plugin import __version__
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.recipe.hub import make_folder
-from espnet_mega_plugin.recipe.pack import marked, needs_plugin, own_arguments, sign
+from espnet_mega_plugin.recipe.pack import elsewhere, marked, needs_plugin, own_arguments, sign
 
 SMALL = {"block_size": 8, "linear_size": 8, "qk_size": 4, "v_size": 8, "num_heads": 1, "num_blocks": 1}
 CONFIG = {
@@ -85,6 +86,26 @@ def test_a_signed_pack_has_what_it_had_and_says_what_it_needs(packed):
     assert meta["requires"] == config["requires"] == {"espnet-mega-plugin": f">={__version__}"}
     assert config["token_list"] == CONFIG["token_list"] and config["bpemodel"] == "data/bpe.model"
     assert f"needs the package `espnet-mega-plugin` {__version__}" in readme and "# 8k, one channel" in readme
+
+
+def test_what_lies_outside_of_the_recipe_is_packed_under_the_name_it_was_given(tmp_path):
+    """exp and conf as links to another disk; ESPnet resolves them, and its pack would not find its files again."""
+    disk, here = tmp_path / "disk", tmp_path / "recipe"
+    for name in ("exp/config.yaml", "exp/images/loss.png", "maes.yaml", "stats.npz"):
+        (disk / name).parent.mkdir(parents=True, exist_ok=True)
+        (disk / name).write_text("decoder: rnn\nnormalize_conf: {stats_file: exp/stats.npz}\n")
+    here.mkdir()
+    (here / "exp").symlink_to(disk / "exp")
+    (here / "own").write_text("own")
+    options = ["exp/images", str(disk / "maes.yaml"), "own", "no/such/file"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        pack({}, {"asr_train_config": "exp/config.yaml"}, here / "plain.zip", options[:3])  # ESPnet's
+        sign(here / "plain.zip", here / "x.zip", {}, here, elsewhere(["exp/config.yaml", *options], here))
+    with zipfile.ZipFile(here / "x.zip") as archive:
+        names = {"meta.yaml", "README.md", "exp/config.yaml", "exp/images/loss.png", "packed/maes.yaml", "own"}
+        assert set(archive.namelist()) == names and archive.read("own") == b"own"
+    assert unpack(here / "x.zip", tmp_path / "out") == {"asr_train_config": str(tmp_path / "out" / "exp/config.yaml")}
 
 
 @pytest.fixture

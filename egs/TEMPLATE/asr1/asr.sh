@@ -468,7 +468,7 @@ fi
 if begin 9 "${ngram_num}-gram: ${ngram_exp}"; then
     join_lm_text
     _texts=()
-    for _text in "${lm_dev_text}" "${lm_test_text}"; do
+    for _text in $(once "${lm_dev_text}" "${lm_test_text}"); do
         [ ! -f "${_text}" ] || _texts+=(--test_text "${_text}")
     done
     [ "${token_type}" != bpe ] || need "${bpemodel}" 5
