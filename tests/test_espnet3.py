@@ -82,6 +82,17 @@ def test_training_lowers_the_loss_and_draws_its_pictures(run):
 
 
 @pytest.mark.slow
+def test_a_training_that_is_started_again_goes_on(run, tmp_path):
+    folder = tmp_path / "espnet3"
+    shutil.copytree(run, folder, symlinks=True)
+    rewrite(folder / "conf" / "training.yaml", lambda config: config["trainer"].update(max_epochs=4))
+    python("run.py", "--stages", "train", "--training_config", "conf/training.yaml", cwd=folder)
+    log = (folder / "exp" / "training" / "train.log").read_text()
+    assert "Restored all states from the checkpoint" in log
+    assert set(re.findall(r"epoch_summary:(\d+)epoch:train", log)) == {"4"}
+
+
+@pytest.mark.slow
 def test_dask_workers_decode_with_the_plugins_decoder(run):
     """Two processes that ESPnet3 starts give the words of one."""
     config = ["--training_config", "conf/training.yaml", "--inference_config", "conf/inference_parallel.yaml"]

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from types import SimpleNamespace
 
 import definition
@@ -352,5 +353,12 @@ def test_the_callback_draws_the_first_utterances_after_each_validation(tmp_path,
         callback.on_validation_end(state, module)
 
 
-def test_a_picture_goes_to_no_place_that_is_not_given(seed):
-    Places("1ep").put(kernel_figure([torch.ones(2, 3)]), "decoder.ema_kernels")
+def test_a_picture_goes_where_it_is_asked_to_and_nowhere_else(tmp_path, monkeypatch):
+    figure, logged = kernel_figure([torch.ones(2, 3)]), {}
+    monkeypatch.chdir(tmp_path)
+    Places("1ep").put(figure, "decoder.ema_kernels")
+    assert not below(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.update, Image=lambda pixels: pixels.shape))
+    Places("1ep", wandb=True).put(figure, "decoder.attention", "u1")
+    ((tag, shape),) = logged.items()
+    assert tag == "attention plot/decoder.attention_u1" and shape[2] == 3 and not below(tmp_path)

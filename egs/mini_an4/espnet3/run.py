@@ -1,10 +1,10 @@
-"""mini_an4 with a MEGA transducer in ESPnet3 (ESPnet 202611 or later). In this folder, a minute on two cores:
+"""mini_an4 with a MEGA transducer in ESPnet3 (ESPnet 202611 or later). In this folder, half a minute on two cores:
 
     python run.py --stages create_dataset train_tokenizer collect_stats train infer measure \
         --training_config conf/training.yaml --inference_config conf/inference.yaml --metrics_config conf/metrics.yaml
 
-Stages may be run alone; a training that was interrupted goes on with `fit` in conf/training.yaml. Error rates come
-into exp/training/inference/metrics.json. ESPnet3 needs more than ESPnet:
+Stages may be run alone and again; a training that was interrupted goes on. Error rates come into
+exp/training/inference/metrics.json. ESPnet3 needs more than ESPnet:
 
     pip install "espnet-mega-plugin[espnet3]"
 """
