@@ -49,6 +49,7 @@ def test_it_is_the_plain_search_over_forward(kind, search_type):
 
 @every_search
 @pytest.mark.parametrize("kind", [*MEGA, "stateless"])
+@torch.no_grad()
 def test_it_is_espnets_search(kind, search_type):
     """Of alsd where that gives hypotheses that came to the end. ESPnet's RNN decoder cannot search in float64."""
     T = 9
