@@ -105,6 +105,7 @@ def test_no_score_is_above_the_true_one(search_type):
 
 @every_search
 @pytest.mark.parametrize("kind", ["simple", "chunk", "lstm"])
+@torch.no_grad()
 def test_no_score_is_above_the_loss(kind, search_type):
     problem = network_problem(kind, [6, 9])
     options = random_options(search_type, problem.V, beam_size=4) | {"nbest": 1000}
