@@ -1,4 +1,4 @@
-"""Stage 9: the n-gram is modified Kneser-Ney, by a second computation straight from the definition, and a distribution."""
+"""Stage 9: the n-gram is modified Kneser-Ney, by the definition counted anew and by KenLM's own file."""
 
 import itertools
 import math
@@ -6,11 +6,14 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from espnet_mega_plugin.recipe.lm_text import joined
 from espnet_mega_plugin.recipe.ngram import BEGIN, END, UNKNOWN, estimate, write_arpa
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 def text(seed: int, sentences: int, tokens: str = "abcdef") -> list[list[str]]:
@@ -100,6 +103,18 @@ def test_arpa_file_is_the_definition(tmp_path, seed, order):
         for word in oracle.vocabulary:
             got, want = probability(word, context), oracle.probability(word, context)
             assert got == pytest.approx(want, rel=1e-5), (word, context)
+
+
+def test_kenlm_gives_the_same_file(tmp_path):
+    """Every n-gram and every weight of KenLM's lmplz, to the digits it prints (tests/golden/README.md)."""
+    sentences = [line.split() for line in (GOLDEN / "lmplz_text.txt").read_text().splitlines()]
+    write_arpa(estimate(sentences, 3), tmp_path / "x.arpa")
+    (logs, backoffs), (their_logs, their_backoffs) = (
+        read_arpa(p) for p in (tmp_path / "x.arpa", GOLDEN / "lmplz_3gram.arpa")
+    )
+    assert logs.pop((BEGIN,)) == -99 and their_logs.pop((BEGIN,)) == 0  # nothing predicts it; both are in use
+    assert logs == pytest.approx(their_logs, abs=1e-6)
+    assert backoffs == pytest.approx(their_backoffs, abs=1e-6)
 
 
 @pytest.mark.parametrize(("sentences", "order"), [(400, 3), (30, 4), (3, 3), (1, 2)])
