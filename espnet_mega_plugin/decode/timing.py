@@ -6,7 +6,8 @@ A transducer emits a label at an encoder frame; its time is where that frame beg
 
 Labels come when the model has heard enough, often some frames late, so a word's time is that of its emission. A label's
 confidence is its probability at the frame where it was taken, given the labels before it; a word is as sure as the
-least sure of its labels. All belong to the most probable of the alignments that make up a hypothesis' score.
+least sure of its labels. All belong to one alignment of those that make up a hypothesis' score: wherever hypotheses
+became one, that of the more probable.
 """
 
 from __future__ import annotations

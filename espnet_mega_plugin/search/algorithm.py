@@ -44,6 +44,10 @@ class Algorithm:
         more = utterances - old.score.shape[0]
         self.hypotheses = Hypotheses(*(torch.nn.functional.pad(t, (0, 0, 0, more)) for t in old))
 
+    def short_of_places(self) -> int | None:
+        """None: nothing was left out for want of places in tensors of fixed shapes."""
+        return None
+
     def forget_traces(self, closed: Tensor) -> None:
         """Drop the record of what leads to no hypothesis any more. closed: utterances without one. (B,) bool"""
         there = self.hypotheses.there & ~closed[:, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +12,8 @@ from torch import Tensor
 class Hypothesis:
     """One entry of an n-best list; `score` and `yseq` are those of ESPnet's `Hypothesis`.
 
-    Times and label scores belong to the most probable of the alignments that were summed into `score`.
+    Times and label scores belong to one of the alignments that were summed into `score`: wherever hypotheses became
+    one, that of the more probable.
     """
 
     score: float  # log-probability of the labels, fusion included
@@ -83,9 +83,9 @@ class Traces:
 
     def read(self, utterance: int, scores: list[float], entries: list[int]) -> list[Hypothesis]:
         """The hypotheses of one utterance that end with these entries."""
-        before, label, frame, logp = (
-            t[utterance, : self.used].cpu().numpy() for t in (self.before, self.label, self.frame, self.logp)
-        )
+        columns = (self.before, self.label, self.frame, self.logp)
+        before, label, frame, logp = (column[utterance, : self.used].cpu() for column in columns)
+        before = before.tolist()
         hypotheses = []
         for score, entry in zip(scores, entries, strict=True):
             path = []
@@ -93,7 +93,7 @@ class Traces:
                 path.append(entry)
                 entry = before[entry]
             path.reverse()
-            index = np.array(path, dtype=np.int64)
+            index = torch.tensor(path, dtype=torch.long)
             labels = [0, *label[index].tolist()]
             hypotheses.append(Hypothesis(score, labels, frame[index].tolist(), logp[index].tolist()))
         return hypotheses

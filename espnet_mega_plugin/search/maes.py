@@ -69,12 +69,20 @@ class Maes(Algorithm):
         expansion_gamma: float,
         expansion_beta: int,
         window: int,
+        places: int | None = None,
     ):
+        """
+        Args:
+            places: with fixed shapes, labels that may be taken at once in an utterance, the most probable ones; where
+                there were more, `short_of_places` says so. None: beam_size * (beam_size + expansion_beta).
+        """
         super().__init__(joint, predictions, tree, frames, beam_size)
         self.nstep, self.gamma, self.window = nstep, expansion_gamma, window
         self.tokens = beam_size + expansion_beta
-        # With fixed shapes: labels taken at once by an utterance. More than these would have to pass the bound
-        self.most = beam_size * self.tokens if tree.fixed_shapes else None
+        self.most = None
+        if tree.fixed_shapes:
+            self.most = beam_size * self.tokens if places is None else places
+        self._short = torch.zeros((), dtype=torch.bool, device=tree.device)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -84,6 +92,12 @@ class Maes(Algorithm):
         while rounds % check or bool(self.frames.left.any()):
             self._round()
             rounds += 1
+
+    def short_of_places(self) -> int | None:
+        """How many places another attempt should have, where labels were left out for want of them; else None."""
+        if self.most is None or not bool(self._short):  # waits for a GPU
+            return None
+        return min(4 * self.most, self.beam_size * self.tokens**self.nstep)
 
     def _round(self) -> None:
         busy, logits = self._skip_blank_frames()
@@ -200,6 +214,8 @@ class Maes(Algorithm):
         by_blank = hypotheses._replace(score=blank_score, there=is_blank.any(-1))
 
         kept = (kept & (token != 0)).flatten(1)
+        if self.most is not None:
+            self._short |= (kept.sum(1) > self.most).any()
         index = packed(kept, self.most, score.flatten(1))
         if index is None:
             index = torch.arange(H * K, device=kept.device).expand(B, -1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.alsd import Alsd
+from espnet_mega_plugin.search.espnet_decoders import scorer_of
 from espnet_mega_plugin.search.frames import Frames
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.joint import Joint
@@ -134,10 +135,13 @@ class BatchedSearch:
         B = encoder_out.shape[0]
         if B == 0:
             return []
-        search = self._search(B, encoder_out.device)
-        search.start(torch.ones(B, dtype=torch.bool, device=encoder_out.device))
-        search.frames.set(search.joint.frames(encoder_out), lengths)
-        search.advance()
+        search, places = None, None
+        while search is None or places is not None:
+            search = self._search(B, encoder_out.device, places)
+            search.start(torch.ones(B, dtype=torch.bool, device=encoder_out.device))
+            search.frames.set(search.joint.frames(encoder_out), lengths)
+            search.advance()
+            places = search.short_of_places()  # on a GPU, where posteriors are very flat: once more, with more room
         return self._nbest(search, range(B), final=True)
 
     def streams(self) -> Streams:
@@ -150,11 +154,8 @@ class BatchedSearch:
             raise ValueError("search_type alsd needs the whole utterance: stream with greedy, maes or tsd.")
         return Streams(self)
 
-    def _search(self, utterances: int, device: torch.device) -> Maes | Algorithm:
-        joint = Joint(self.joint_network)
-        from espnet_mega_plugin.search.espnet_decoders import scorer_of
-
-        scorer = scorer_of(self.decoder)
+    def _search(self, utterances: int, device: torch.device, places: int | None = None) -> Algorithm:
+        joint, scorer = Joint(self.joint_network), scorer_of(self.decoder)
         predictions = Predictions(scorer, joint, self.fusion)
         reaches = [getattr(one, "reach", None) for one in (scorer, *(fused.scorer for fused in self.fusion))]
         reach = None if None in reaches else max(reaches)
@@ -164,7 +165,7 @@ class BatchedSearch:
             return Tsd(*arguments, self.max_sym_exp)
         if self.search_type == "alsd":
             return Alsd(*arguments, self.u_max)
-        return Maes(*arguments, self.nstep, self.expansion_gamma, self.expansion_beta, self.window)
+        return Maes(*arguments, self.nstep, self.expansion_gamma, self.expansion_beta, self.window, places)
 
     def _nbest(self, search: Any, utterances: Sequence[int], final: bool) -> list[list[Hypothesis]]:
         # what alsd has found ended one after the other, and has what fusion adds at the end
@@ -211,7 +212,7 @@ class Streams:
     def __init__(self, search: BatchedSearch):
         self._options, self._search = search, None
         self._places: dict[int, int] = {}  # stream to place in the batch
-        self._tidy_at = TIDY
+        self._tidy_at, self._warned = TIDY, False
         self._next = 0
 
     def __len__(self) -> int:
@@ -268,6 +269,12 @@ class Streams:
             count[place] = len(piece)
         search.frames.append(search.joint.frames(batch), count.to(batch.device))
         search.advance()
+        if not self._warned and search.short_of_places() is not None:
+            self._warned = True
+            _log.warning(
+                "Streams on a GPU: at some frame more labels could be taken than there are places; the least probable "
+                "ones were left out. A smaller expansion_gamma or nstep, or a larger beam_size, avoids that."
+            )
         if search.traces.used > self._tidy_at:
             closed = torch.ones(len(count), dtype=torch.bool)
             closed[list(self._places.values())] = False
