@@ -136,6 +136,16 @@ def test_missing_input_of_language_models_and_packs(folder, stage, there, missin
     assert result.stderr == f"asr.sh: {missing} is missing: run stage {made_by} first (--stage {made_by})\n"
 
 
+@pytest.mark.parametrize(
+    ("stage", "option"), [(6, "--lm_train_text"), (6, "--lm_dev_text"), (8, "--lm_test_text"), (9, "--lm_train_text")]
+)
+def test_a_text_of_ones_own_that_is_missing_is_named(folder, stage, option):
+    touch(folder, *DUMP, "dump/raw/dev/text", TOKENS, f"{LM}/config.yaml", f"{LM}/valid.loss.ave.pth")
+    options = ["--use_lm", "true", "--use_ngram", "true", "--stage", str(stage), option, "corpus.txt"]
+    result = stages(folder, *options)
+    assert result.returncode == 2 and f"{option} corpus.txt: no such file in {folder}" in result.stderr
+
+
 def test_an_upload_needs_the_name_of_a_repository(folder):
     result = stages(folder, "--stage", "15", "--skip_upload_hf", "false")
     assert result.returncode == 2 and "--hf_repo is empty: name the repository on the hub, user/name" in result.stderr

@@ -395,19 +395,25 @@ _lm_options=(
 [ -z "${lm_config}" ] || _lm_options+=(--config "${lm_config}")
 _lm_text=${data_feats}/lm_train.txt
 
+# need_text OPTION SET STAGE: stop when the option's texts are missing; those of a set are made by a stage
+need_text() {
+    local text
+    for text in ${!1}; do
+        [ "${text}" != "${data_feats}/$2/text" ] || need "${text}" "$3"
+        [ -f "${text}" ] || die "--$1 ${text}: no such file in ${PWD}"
+    done
+}
+
 # join_lm_text: one text of all that the language models are trained on
 join_lm_text() {
-    local text
-    for text in ${lm_train_text}; do
-        [ "${text}" != "${data_feats}/${train_set}/text" ] || need "${text}" 4
-    done
+    need_text lm_train_text "${train_set}" 4
     # shellcheck disable=SC2086
     recipe lm_text --output "${_lm_text}" ${lm_train_text}
 }
 
 if begin 6 "language model statistics: ${lm_stats_dir}"; then
     need "${token_list}" 5
-    [ -f "${lm_dev_text}" ] || need "${lm_dev_text}" 4
+    need_text lm_dev_text "${valid_set}" 4
     [ -z "${lm_config}" ] || [ -f "${lm_config}" ] || die "--lm_config ${lm_config}: no such file in ${PWD}"
     join_lm_text
     rm -f "${lm_stats_dir}/train/text_shape.${token_type}"  # written last: stage 7 takes it for a finished stage 6
@@ -452,7 +458,7 @@ fi
 if begin 8 "perplexity of ${lm_test_text}"; then
     need "${lm_exp}/config.yaml" 7
     need "${lm_exp}/${inference_lm}" 7
-    [ -f "${lm_test_text}" ] || need "${lm_test_text}" 3
+    need_text lm_test_text "${test_sets%% *}" 3
     _ngpu=0; _cmd=${train_cmd}
     if "${gpu_inference}"; then _ngpu=1; _cmd=${cuda_cmd}; fi
     # shellcheck disable=SC2086
