@@ -238,6 +238,8 @@ class Maes(Algorithm):
         if taken.there.shape[1] == 0:
             return taken
         ended, lineage, known = joined(ended), self.tree.lineage, taken.known
+        if not self.tree.fixed_shapes and int(ended.there.sum(1).max()) < self.beam_size:
+            return taken
         final = best(merged(ended), self.beam_size)
         if final.there.shape[1] < self.beam_size:
             return taken
