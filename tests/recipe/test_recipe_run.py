@@ -282,15 +282,15 @@ def test_a_language_model_without_weight_changes_nothing(scored, language_model,
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
         patch.setenv("cmd_backend", "slurm")
-        run(folder, *WITH_LM, *options, "--inference_args", "--lm_weight 0.0")
+        run(folder, *WITH_LM, *options, "--inference_args", "--lm_weight 0.0", "--inference_nj", "1")
     tag = "decode_maes_lm_weight0.0_lm_lm_lm_en_char_valid.loss.ave_asr_model_valid.loss.ave"
     for name in ("text", "token_int", "score"):
         plain = read_table(folder / EXP / "decode_maes_asr_model_valid.loss.ave" / "train" / name)
         assert read_table(folder / EXP / tag / "train" / name) == plain
     logs = folder / EXP / tag / "train" / "logdir"
     assert f"--lm_file {LM_EXP}/valid.loss.ave.pth" in (logs / "asr_inference.1.log").read_text()
-    scripts = {words[-1] for words in calls(tmp_path / "bin", "sbatch")}
-    assert scripts == {str(logs.relative_to(folder) / "q" / f"asr_inference.{n}.sh") for n in (1, 2)}
+    scripts = [words[-1] for words in calls(tmp_path / "bin", "sbatch")]
+    assert scripts == [str(logs.relative_to(folder) / "q" / "asr_inference.1.sh")]
 
 
 def test_speed_is_reported(scored):
