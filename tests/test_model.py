@@ -241,7 +241,8 @@ def test_the_task_builds_the_plugins_model():
 
 def test_the_parser_knows_the_key_beside_espnets():
     shown = ASRTransducerTask.get_parser().get_default("model_conf")
-    assert shown == {**get_default_kwargs(ESPnetASRTransducerModel), "transducer_loss": "auto"}
+    ours = {"transducer_loss": "auto", "validation_search": "maes"}
+    assert shown == {**get_default_kwargs(ESPnetASRTransducerModel), **ours}
 
 
 def test_espnets_class_refuses_the_key():

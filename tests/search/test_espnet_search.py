@@ -205,5 +205,5 @@ except NotImplementedError as error:
 def test_it_is_attached_late_again_and_not_at_all_when_off(tmp_path):
     attached = start("-c", HALF_IMPORTED, "with its task", cwd=tmp_path)
     off = start("-c", HALF_IMPORTED, cwd=tmp_path, ESPNET_MEGA_PLUGIN="0")
-    assert finish(attached)[0] == "BatchedBeamSearch True True\n" * 2
+    assert finish(attached)[0].endswith("BatchedBeamSearch True True\n" * 2)  # 202511 says something of its own first
     assert finish(off)[0] == "Specified search type (maes_batched) is not supported.\n"
