@@ -293,27 +293,41 @@ def test_every_yaml_builds_through_espnets_task_and_has_a_loss(path):
     model.train()
     loss, stats, _ = model(torch.randn(2, 8000), lengths, text, torch.tensor([5, 3]))
     assert torch.isfinite(loss) and torch.isfinite(stats["loss_aux_ctc"])
-    with torch.no_grad():  # frames last as long as the YAML's comment says
-        factor = args.encoder_conf["input_conf"]["subsampling_factor"]
-        frames, _ = model.encoder.embed(torch.randn(1, 960, 80), None)
-        assert 960 / factor - 3 <= frames.shape[1] <= 960 / factor
-        assert f"frames of {8 * factor} ms" in path.read_text()
+    assert "frames of 32 ms" in path.read_text()
+    with torch.no_grad():
+        assert 237 <= model.encoder.embed(torch.randn(1, 960, 80), None)[0].shape[1] <= 240  # 4 frames of 8 ms each
 
 
-def test_the_decoding_yaml_is_espnets_and_its_chunks_are_whole_frames_of_both_encoders():
+def decoding_options():
     from espnet2.bin.asr_transducer_inference import get_parser
 
     path = REPOSITORY / "conf" / "librispeech_100" / "decode_streaming.yaml"
-    args = get_parser().parse_args(
-        [
-            "--config",
-            str(path),
-            "--output_dir",
-            "x",
-            "--key_file",
-            "x",
-            "--data_path_and_name_and_type",
-            "a,speech,sound",
-        ]
+    needed = ["--output_dir", "x", "--key_file", "x", "--data_path_and_name_and_type", "a,speech,sound"]
+    return get_parser().parse_args(["--config", str(path), *needed])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "path", [path for path in YAMLS if "rnn_streaming" in path.stem or "branchformer_mega_streaming" in path.stem],
+    ids=lambda path: path.stem,
+)  # fmt: skip
+def test_decoding_in_chunks_gives_the_encoder_every_frame_of_the_whole(path):
+    """ESPnet's own chunks, 960 ms each, through the input layer, against that of the whole recording."""
+    from espnet2.asr_transducer.frontend.online_audio_processor import OnlineAudioProcessor
+
+    task, args = parsed(path)
+    args.encoder_conf["body_conf"][0]["num_blocks"] = 1  # the input layer stays as it is
+    model, decoding = task.build_model(args).eval(), decoding_options()
+    assert decoding.streaming and decoding.left_context == 120
+    online = OnlineAudioProcessor(
+        model._extract_feats, model.normalize, decoding.decoding_window, 4, args.frontend_conf, torch.device("cpu")
     )
-    assert args.streaming and args.decoding_window % 32 == args.decoding_window % 48 == 0
+    speech = torch.randn(4 * online.decoding_samples)
+    parts = speech.split(online.decoding_samples)
+    feats = [online.compute_features(part, n == len(parts))[0] for n, part in enumerate(parts, start=1)]
+    chunks = [model.encoder.embed(part, None)[0][:, 1:-1] for part in feats]
+    whole = model.encoder.embed(model._extract_feats(speech[None], torch.tensor([len(speech)]))[0], None)[0]
+    assert [chunk.shape[1] for chunk in chunks[1:-1]] == [30, 30]
+    got = torch.cat(chunks, dim=1)
+    assert whole.shape[1] - got.shape[1] in (1, 2)  # the first and the last have no neighbour
+    torch.testing.assert_close(got, whole[:, 1 : 1 + got.shape[1]], rtol=1e-4, atol=1e-5)
