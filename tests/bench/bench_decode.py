@@ -148,6 +148,23 @@ def _batched(decoder, task: Task, batch: int, options: dict, _) -> list:
     return batched(decoder, task, batch, options)
 
 
+def state_rows(decoder, quick: bool) -> list[dict]:
+    """MB of what the MEGA decoder remembers: of a stream of 60 s at its end, of many utterances of 200 labels."""
+    D, rows = decoder.output_size, []
+    frames, labels, count = (40, 4, 2) if quick else (1500, 250, 16)
+    for utterances, T, said, beam in ((1, frames, labels, 5), (count, 2 * frames // 3, 2 * labels // 3, 8)):
+        task = synthetic("", D, T, said, utterances=utterances)
+        streams = BatchedSearch(FollowingDecoder(decoder, task), task.joint, beam).streams()
+        opened = [streams.open() for _ in range(utterances)]
+        for first in range(0, T, 16):
+            streams.push({number: task.frames[i][first : first + 16] for i, number in enumerate(opened)})
+        pool = streams._search.predictions._decoder._scorer
+        longest = max(len(streams.close(number)[0].yseq) for number in opened)
+        what = f"{utterances} x {FRAME * T:.3g} s, {longest} labels at most, beam {beam}"
+        rows.append(row("decode_state", method="streams", shape=what, extra_memory_mb=pool.bytes / 1e6))
+    return rows
+
+
 def kept(r: dict) -> dict:
     """A row as results.csv has room for it."""
     words = ", ".join(f"{name} {r[name]:.4g}" for name in ("rtf", "errors") if name in r)
@@ -225,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
                 for options in (MAES, TSD):
                     check(theirs, mine, few(task, args.alone), options)
                 rows += all_rows(name, theirs, mine, task, args, list)
+        rows += state_rows(ours, args.quick)
     if not args.quick or args.results != RESULTS:
         append(map(kept, rows), args.results)
     print(f"\n{table(rows, SHOWN)}")

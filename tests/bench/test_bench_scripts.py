@@ -77,7 +77,9 @@ def test_quick_decode_benchmark(tmp_path, capsys):
         for search in ("greedy", "maes", "tsd"):
             methods = {row["method"] for row in rows if row["what"] == f"decode_{decoder}_{search}"}
             assert methods == {"espnet", "batch of 2"}
-    assert all("rtf" in row["part"] and "errors" in row["part"] for row in rows)
+    timed = [row for row in rows if row["what"] != "decode_state"]
+    assert all("rtf" in row["part"] and "errors" in row["part"] for row in timed)
+    assert [float(row["extra_memory_mb"]) > 0 for row in rows if row["what"] == "decode_state"] == [True, True]
 
 
 def test_edit_distance():
