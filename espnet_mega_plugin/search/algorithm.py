@@ -64,7 +64,7 @@ class Algorithm:
             ROUNDS * most if tree.used_leaves < leaves else 0,
         )
 
-    def _logits(self, hypotheses: Hypotheses, frame: Tensor) -> Tensor:
+    def _log_probs(self, hypotheses: Hypotheses, frame: Tensor) -> Tensor:
         """Of the hypotheses that are there, in order, or of all where shapes are fixed.
 
         Args:
@@ -77,19 +77,18 @@ class Algorithm:
         pairs = frame + self.predictions.projected[self._utterance, leaf]
         return self.joint(pairs.flatten(0, 1) if self.tree.fixed_shapes else pairs[hypotheses.there])
 
-    def _blank(self, hypotheses: Hypotheses, logits: Tensor) -> Tensor:
+    def _blank(self, hypotheses: Hypotheses, log_probs: Tensor) -> Tensor:
         """Blank's log-probability, 0 where no hypothesis is. (B, H)"""
-        return self._unpacked((logits[:, 0] - logits.logsumexp(-1)).double(), hypotheses.there)
+        return self._unpacked(log_probs[:, 0].double(), hypotheses.there)
 
-    def _labels(self, hypotheses: Hypotheses, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _labels(self, hypotheses: Hypotheses, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The most probable labels of each hypothesis.
 
         Returns:
             label, its log-probability, what fusion adds to that. (B, H, K)
         """
-        logp, label = logits[:, 1:].topk(self.beam_size, -1)
-        logp = (logp - logits.logsumexp(-1, keepdim=True)).double()
-        logp, label = self._unpacked(logp, hypotheses.there), self._unpacked(label + 1, hypotheses.there)
+        logp, label = log_probs[:, 1:].topk(self.beam_size, -1)
+        logp, label = self._unpacked(logp.double(), hypotheses.there), self._unpacked(label + 1, hypotheses.there)
         bonus = torch.zeros_like(logp)
         if self.predictions.bonus is not None:
             leaf = self.tree.leaf.gather(1, hypotheses.node).clamp(min=0)

@@ -75,11 +75,11 @@ class Alsd(Algorithm):
         live, T, going = self.hypotheses, self.frames.count[:, None], i < steps
         at = i - self.tree.depth.gather(1, live.node)
         here = live._replace(there=live.there & (at < T) & going[:, None])
-        logits = self._logits(here, self._frames(at))
-        by_blank = here._replace(score=here.score + self._blank(here, logits))
+        log_probs = self._log_probs(here, self._frames(at))
+        by_blank = here._replace(score=here.score + self._blank(here, log_probs))
         ended = self._with_end(by_blank._replace(there=here.there & (at == T - 1)))
 
-        label, logp, bonus = self._labels(here, logits)
+        label, logp, bonus = self._labels(here, log_probs)
         score = torch.cat((by_blank.score[..., None], here.score[..., None] + logp + bonus), 2)
         label, logp = (torch.nn.functional.pad(t, (1, 0)) for t in (label, logp))  # blank in front
         chosen, index = self._chosen(here, score, here.there[..., None].expand_as(score))
@@ -138,6 +138,6 @@ class Alsd(Algorithm):
         score = hypotheses.score
         for _ in range(int((T - at).masked_fill(~hypotheses.there, 0).amax())):
             here = hypotheses._replace(there=hypotheses.there & (at < T))
-            score = score + self._blank(here, self._logits(here, self._frames(at)))
+            score = score + self._blank(here, self._log_probs(here, self._frames(at)))
             at = at + 1
         return hypotheses._replace(score=score)

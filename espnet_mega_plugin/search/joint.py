@@ -6,6 +6,7 @@ prefixes and each prefix with several frames, so both are projected once and onl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,6 @@ class Joint:
         self._activation, self._out = joint_network.joint_activation, joint_network.lin_out
 
     def __call__(self, pairs: Tensor) -> Tensor:
-        """Logits of sums of a projected frame and a projected prefix. (R, J) -> (R, V), float32 or better"""
+        """Log-probabilities for sums of a projected frame and a prefix. (R, J) -> (R, V), float32 or better"""
         logits = self._out(self._activation(pairs))
-        return logits if logits.dtype.itemsize >= 4 else logits.float()
+        return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))

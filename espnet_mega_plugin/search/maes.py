@@ -100,12 +100,12 @@ class Maes(Algorithm):
         return min(4 * self.most, self.beam_size * self.tokens**self.nstep)
 
     def _round(self) -> None:
-        busy, logits = self._skip_blank_frames()
+        busy, log_probs = self._skip_blank_frames()
         if not self.tree.fixed_shapes and not bool(busy.any()):
             return
         most, live = 2 * self.tokens if self.most is None else self.most * self.nstep, self.hypotheses
         self.hypotheses = live._replace(node=self.tree.make_room(most, most, live.node, live.there))
-        ended = self._expand(self.hypotheses, busy, logits)
+        ended = self._expand(self.hypotheses, busy, log_probs)
         self.hypotheses = best(merged(ended), self.beam_size).where(busy, self.hypotheses)
         self.frames.at += busy
 
@@ -116,17 +116,17 @@ class Maes(Algorithm):
 
         Returns:
             busy: utterances that have such a frame within the window. (B,) bool
-            logits: at that frame, of the hypotheses that are there, those of busy utterances, in order. (R, V);
+            log_probs: at that frame, of the hypotheses that are there, those of busy utterances, in order. (R, V);
                 with fixed shapes of all places. (B * H, V)
         """
         frames, hypotheses = self.frames, self.hypotheses
         ahead, in_time = frames.ahead(self.window)
         there = in_time[:, :, None] & hypotheses.there[:, None]  # (B, W, H)
         pairs = ahead[:, :, None] + self._projected(hypotheses.node)[:, None]  # (B, W, H, J)
-        logits = self.joint(pairs.flatten(0, 2) if self.tree.fixed_shapes else pairs[there])
-        normalizer, blank, label = logits.logsumexp(-1), logits[:, 0], logits[:, 1:].amax(-1)
+        log_probs = self.joint(pairs.flatten(0, 2) if self.tree.fixed_shapes else pairs[there])
+        blank, label = log_probs[:, 0], log_probs[:, 1:].amax(-1)
         quiet = blank >= label if self.tokens == 1 else (label < blank - self.gamma)
-        loud, blank = self._unpacked(~quiet, there), self._unpacked((blank - normalizer).double(), there)
+        loud, blank = self._unpacked(~quiet, there), self._unpacked(blank.double(), there)
 
         passed = (~loud.any(-1) & in_time).cumprod(1).bool()  # (B, W)
         blank = torch.where(passed[..., None], blank, 0.0).sum(1)
@@ -134,11 +134,14 @@ class Maes(Algorithm):
         number = passed.sum(1)
         frames.at += number
         busy = (number < self.window) & frames.left
-        row = self._unpacked(torch.arange(len(logits), device=logits.device), there)
+        if self.tree.fixed_shapes:
+            row = torch.arange(len(log_probs), device=log_probs.device).view(there.shape)
+        else:
+            row = self._rows(there)
         row = row.gather(1, number.clamp(max=self.window - 1)[:, None, None].expand(-1, 1, row.shape[2]))[:, 0]
         if not self.tree.fixed_shapes:
             row = row[hypotheses.there & busy[:, None]]
-        return busy, logits[row.flatten()]
+        return busy, log_probs[row.flatten()]
 
     def _projected(self, node: Tensor) -> Tensor:
         """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
@@ -146,13 +149,13 @@ class Maes(Algorithm):
 
     # --- a frame at which labels are taken
 
-    def _expand(self, hypotheses: Hypotheses, busy: Tensor, logits: Tensor) -> Hypotheses:
+    def _expand(self, hypotheses: Hypotheses, busy: Tensor, log_probs: Tensor) -> Hypotheses:
         """One frame of some utterances.
 
         Args:
             hypotheses: at its beginning.
             busy: which utterances. (B,) bool
-            logits: of their hypotheses at this frame, as `_skip_blank_frames` gives them.
+            log_probs: of their hypotheses at this frame, as `_skip_blank_frames` gives them.
 
         Returns:
             ended: all that have ended the frame, equal ones not summed.
@@ -160,21 +163,21 @@ class Maes(Algorithm):
         ended = []
         hypotheses = hypotheses._replace(there=hypotheses.there & busy[:, None])
         for n in range(self.nstep):
-            by_blank, taken = self._take(hypotheses, logits)
+            by_blank, taken = self._take(hypotheses, log_probs)
             ended.append(by_blank)
             taken = self._drop_hopeless(ended, taken)
             if taken.there.shape[1] == 0:
                 return joined(ended)
             is_last = n == self.nstep - 1
             if self._many(taken):
-                hypotheses, logits = self._take_on_by_turns(ended, taken, is_last)
+                hypotheses, log_probs = self._take_on_by_turns(ended, taken, is_last)
             else:
-                hypotheses, logits = self._take_on(taken)
-        return joined([*ended, self._end(hypotheses, logits)])
+                hypotheses, log_probs = self._take_on(taken)
+        return joined([*ended, self._end(hypotheses, log_probs)])
 
-    def _end(self, hypotheses: Hypotheses, logits: Tensor) -> Hypotheses:
+    def _end(self, hypotheses: Hypotheses, log_probs: Tensor) -> Hypotheses:
         """All of them, after blank."""
-        return hypotheses._replace(score=hypotheses.score + self._blank(hypotheses, logits))
+        return hypotheses._replace(score=hypotheses.score + self._blank(hypotheses, log_probs))
 
     def _many(self, taken: Taken) -> bool:
         """Whether so many labels are left that a second call of the prediction network may save more than it costs."""
@@ -186,27 +189,26 @@ class Maes(Algorithm):
         """As `_take_on`, the `beam_size` most probable first; of the others those that may still matter after that."""
         order = torch.argsort(taken.score.masked_fill(~taken.there, -math.inf), dim=1, descending=True, stable=True)
         first, others = (taken.picked(index) for index in (order[:, : self.beam_size], order[:, self.beam_size :]))
-        hypotheses, logits = self._take_on(first)
-        can_end = self._end(hypotheses, logits) if is_last else self._take(hypotheses, logits)[0]
+        hypotheses, log_probs = self._take_on(first)
+        can_end = self._end(hypotheses, log_probs) if is_last else self._take(hypotheses, log_probs)[0]
         others = self._drop_hopeless([*ended, can_end], others, None if is_last else hypotheses)
         if others.there.shape[1] == 0:
-            return hypotheses, logits
-        more, more_logits = self._take_on(others)
-        rows = [self._rows(hypotheses.there), self._rows(more.there) + len(logits)]
+            return hypotheses, log_probs
+        more, more_log_probs = self._take_on(others)
+        rows = [self._rows(hypotheses.there), self._rows(more.there) + len(log_probs)]
         both = joined([hypotheses, more])
-        return both, torch.cat([logits, more_logits])[torch.cat(rows, 1)[both.there]]
+        return both, torch.cat([log_probs, more_log_probs])[torch.cat(rows, 1)[both.there]]
 
     def _rows(self, there: Tensor) -> Tensor:
         """The number of each one's row among those that are there."""
         return (there.flatten().cumsum(0) - 1).view(there.shape)
 
-    def _take(self, hypotheses: Hypotheses, logits: Tensor) -> tuple[Hypotheses, Taken]:
+    def _take(self, hypotheses: Hypotheses, log_probs: Tensor) -> tuple[Hypotheses, Taken]:
         """What the hypotheses may do next: end the frame, or take a label."""
         there = hypotheses.there
         (B, H), K = there.shape, self.tokens
-        value, token = (logits - logits.logsumexp(-1, keepdim=True)).topk(K, -1)
-        value = value.double()
-        value, token = self._unpacked(value, there), self._unpacked(token, there)
+        value, token = log_probs.topk(K, -1)
+        value, token = self._unpacked(value.double(), there), self._unpacked(token, there)
         score = hypotheses.score[..., None] + value
         kept = there[..., None] & (score >= score[..., :1] - self.gamma)
         is_blank = kept & (token == 0)
@@ -265,7 +267,7 @@ class Maes(Algorithm):
         return taken if index is None else taken.picked(index)
 
     def _take_on(self, taken: Taken) -> tuple[Hypotheses, Tensor]:
-        """The hypotheses with their new labels, and their logits at this frame; prefixes that are new are scored."""
+        """The hypotheses with their new labels, and their log_probs at this frame; prefixes that are new are scored."""
         tree, C = self.tree, taken.label.shape[1]
         tree.reserve(C, C)
         node, rows = tree.add(taken.there, taken.node, taken.label, taken.known)
@@ -273,4 +275,4 @@ class Maes(Algorithm):
             self.predictions.extend(rows, tree)
         entry = self.traces.add(taken.entry, taken.label, self.frames.now()[:, None], taken.logp)
         hypotheses = Hypotheses(taken.score, node, entry, taken.there)
-        return hypotheses, self._logits(hypotheses, self.frames.ahead(1)[0])
+        return hypotheses, self._log_probs(hypotheses, self.frames.ahead(1)[0])

@@ -54,16 +54,16 @@ class Tsd(Algorithm):
         frame = self.frames.ahead(1)[0]
         ended = []
         for already in range(self.max_sym_exp):
-            logits = self._logits(here, frame)
-            ended.append(here._replace(score=here.score + self._blank(here, logits)))
+            log_probs = self._log_probs(here, frame)
+            ended.append(here._replace(score=here.score + self._blank(here, log_probs)))
             if already < self.max_sym_exp - 1:
-                here = self._longer(here, logits)
+                here = self._longer(here, log_probs)
         self.hypotheses = best(merged(joined(ended)), self.beam_size).where(left, live)
         self.frames.at += left
 
-    def _longer(self, hypotheses: Hypotheses, logits: torch.Tensor) -> Hypotheses:
+    def _longer(self, hypotheses: Hypotheses, log_probs: torch.Tensor) -> Hypotheses:
         """The best of all that are one label longer."""
-        label, logp, bonus = self._labels(hypotheses, logits)
+        label, logp, bonus = self._labels(hypotheses, log_probs)
         there = hypotheses.there[..., None].expand_as(label)
         chosen, index = self._chosen(hypotheses, hypotheses.score[..., None] + logp + bonus, there)
         label, logp = label.flatten(1).gather(1, index), logp.flatten(1).gather(1, index)
