@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from espnet_mega_plugin.attach import attach
 from espnet_mega_plugin.decode import encoding, timing
 from espnet_mega_plugin.decode.options import DTYPES, ENCODER_BATCHES
-from espnet_mega_plugin.decode.streaming import EncoderStream, SpeechStreams, chunks
+from espnet_mega_plugin.decode.streaming import EncoderStream, SpeechStreams, StreamedHypothesis, chunks
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.language_model import load_language_model, scorer_of_lm
 from espnet_mega_plugin.search.ngram import NgramScorer, read_arpa
@@ -217,7 +217,7 @@ class BatchedSpeech2Text:
         Raises:
             ValueError: the model does not tell how long a frame is.
         """
-        return [frame * self._seconds() for frame in self._frames(result[3])]
+        return [frame * self._seconds() for frame in _places(result[3])]
 
     def words(self, result: Result) -> list[timing.Word]:
         """The words with their times and confidences.
@@ -227,9 +227,7 @@ class BatchedSpeech2Text:
         """
         hypothesis = result[3]
         space = self.asr_model.sym_space
-        return timing.words(
-            result[1], self._frames(hypothesis), hypothesis.logps, self._seconds(), self.token_type, space
-        )
+        return timing.words(result[1], _places(hypothesis), hypothesis.logps, self._seconds(), self.token_type, space)
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -278,10 +276,6 @@ class BatchedSpeech2Text:
                 on_partial(numbers.index(stream), step * self.decoding_window, streams.partial(stream))
         return [found[stream] for stream in numbers]
 
-    def _frames(self, hypothesis: Hypothesis) -> list[int]:
-        # of each chunk ESPnet's streaming leaves out the first encoder frame: its frame 0 is the utterance's second
-        return [frame + 1 for frame in hypothesis.frames] if self.streaming else hypothesis.frames
-
     def _seconds(self) -> float:
         if self.seconds_per_frame is None:
             raise ValueError("there are no times: the model has no frontend with a hop_length.")
@@ -303,6 +297,11 @@ class BatchedSpeech2Text:
             if not text.strip() or unknown in labels(text):
                 raise ValueError(f"phrases: {text!r} is empty or has something the model has no token for.")
         return [(labels(text), given) for text, given in pairs]
+
+
+def _places(hypothesis: Hypothesis) -> Sequence[float]:
+    """Where the frame of each label begins, in encoder frames of the whole utterance."""
+    return hypothesis.places if isinstance(hypothesis, StreamedHypothesis) else hypothesis.frames
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

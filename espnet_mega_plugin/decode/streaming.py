@@ -6,13 +6,26 @@ encoder for the time of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from espnet2.asr_transducer.frontend.online_audio_processor import OnlineAudioProcessor
 from torch import Tensor, nn
 
+from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.search import BatchedSearch
+
+
+@dataclass
+class StreamedHypothesis(Hypothesis):
+    """`places` says where in the utterance the frame of each label begins, in encoder frames of the whole.
+
+    The frames of a stream are others: ESPnet leaves out the first and last of each chunk, and where a chunk is no
+    multiple of an encoder frame, it looks at a part twice or not at all.
+    """
+
+    places: list[float] = field(default_factory=list)
 
 
 class EncoderStream:
@@ -42,6 +55,8 @@ class EncoderStream:
             device,
         )
         self.samples = self._audio.decoding_samples  # of a chunk
+        self.places: list[float] = []  # where each frame so far begins, in encoder frames of the whole
+        self._features = 0  # feature frames so far
         self._done = torch.tensor([[0]], device=device)
         self._encoder.reset_cache(left_context, device=device)
         self._caches = [block.cache for block in self._encoder.encoders.blocks]
@@ -49,13 +64,17 @@ class EncoderStream:
     @torch.no_grad()
     def __call__(self, samples: Tensor, is_final: bool) -> Tensor:
         """Encoder frames of the next chunk. (S,) -> (T, D)"""
+        before = 0 if self._audio.feats is None else self._audio.feats.shape[1]  # seen, and given once more
         feats, length = self._audio.compute_features(samples, is_final)
+        first, self._features = self._features - before, self._features - before + feats.shape[1]
         blocks = self._encoder.encoders.blocks
         for block, cache in zip(blocks, self._caches, strict=True):
             block.cache = _in_dtype(cache, self._dtype)
         out = self._encoder.chunk_forward(feats.to(self._dtype), length, self._done, left_context=self._left_context)
         self._caches = [block.cache for block in blocks]
         self._done = self._done + out.shape[1]
+        factor = self._encoder.embed.subsampling_factor
+        self.places += [first / factor + i for i in range(1, out.shape[1] + 1)]
         return out[0]
 
 
@@ -107,12 +126,18 @@ class SpeechStreams:
 
     def partial(self, stream: int) -> list[tuple]:
         """The n-best results so far, best first, as ESPnet's tuples."""
-        return self._speech2text.hypotheses_to_results(self._search.partial(stream))
+        return self._results(stream, self._search.partial(stream))
 
     def close(self, stream: int) -> list[tuple]:
         """End a stream; its n-best results."""
+        results = self._results(stream, self._search.close(stream))
         del self._encoders[stream]
-        return self._speech2text.hypotheses_to_results(self._search.close(stream))
+        return results
+
+    def _results(self, stream: int, nbest: Sequence[Hypothesis]) -> list[tuple]:
+        places = self._encoders[stream].places
+        streamed = [StreamedHypothesis(**vars(h), places=[places[frame] for frame in h.frames]) for h in nbest]
+        return self._speech2text.hypotheses_to_results(streamed)
 
 
 def _in_dtype(cache: Tensor | list | None, dtype: torch.dtype):

@@ -27,7 +27,7 @@ class Word:
 
 def words(
     tokens: Sequence[str],
-    frames: Sequence[int],
+    frames: Sequence[float],
     logps: Sequence[float],
     seconds: float,
     token_type: str | None,

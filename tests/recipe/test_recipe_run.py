@@ -457,6 +457,18 @@ def test_a_training_that_starts_from_a_model_and_stands_still_is_that_model(alon
     assert "--pretrained_model exp/alone/2epoch.pth" in resume and '--stage 11 "$@"' in resume
 
 
+def test_batches_give_the_same_and_times(scored):
+    folder, _ = scored
+    run(folder, "--stage", "12", "--stop_stage", "12", "--batched", "true", "--inference_config", "conf/decode_maes.yaml")
+    ours, theirs = (folder / EXP / f"decode_maes_{tag}asr_model_valid.loss.ave" / "train" for tag in ("batched_", ""))
+    for name in ("text", "token", "token_int"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    found, wanted = ({k: float(v) for k, v in read_table(at / "score").items()} for at in (ours, theirs))
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    times, words = read_table(ours / "timestamps"), (ours / "ctm").read_text().split("\n")
+    assert list(times) == list(wanted) and len(words) - 1 == sum(len(text.split()) for text in SENTENCES)
+
+
 def test_nothing_is_written_outside_of_the_recipe(scored):
     folder, _ = scored
     assert {path.name for path in folder.parent.iterdir()} == {"asr1", "source"}

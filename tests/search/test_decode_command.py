@@ -16,9 +16,10 @@ from fresh_python import finish, start
 from tiny_experiment import FACTOR, HOP, RATE, audio, experiment, language_model, table, waveform
 
 from espnet_mega_plugin.decode.command import main
-from espnet_mega_plugin.decode.encoding import encode_alone, encode_padded, why_not_padded
+from espnet_mega_plugin.decode.encoding import encode_alone, encode_padded, features, why_not_padded
 from espnet_mega_plugin.decode.options import parsed
 from espnet_mega_plugin.decode.speech2text import BatchedSpeech2Text
+from espnet_mega_plugin.decode.streaming import chunks
 from espnet_mega_plugin.decode.timing import Word, words
 
 SECONDS = [0.7, 1.35, 0.5, 0.64, 0.02]
@@ -149,6 +150,32 @@ def test_streaming_is_espnets(streaming_model):
     assert {i: [step[0] for step in steps] for i, steps in partial.items()} == {
         i: [640 * (n + 1) for n in range(len(wave) // samples)] for i, wave in enumerate(speech) if len(wave) >= samples
     }
+
+
+@pytest.mark.parametrize("window", [640, 500])  # 20 encoder frames, and 15.625
+@torch.no_grad()
+def test_a_stream_tells_where_its_frames_are(streaming_model, window):
+    """Each of a chunk's frames is what the input block makes of the whole utterance's features from there on."""
+    ours = BatchedSpeech2Text(**streaming_model, **MAES, streaming=True, decoding_window=window)
+    embed, speech, seen = ours.asr_model.encoder.embed, ours.waveform(waves()[1]), []
+    handle = embed.register_forward_hook(lambda module, given, out: seen.append(out[0][0, 1:-1]))
+    stream = ours.encoder_stream()
+    for piece in chunks(speech, stream.samples)[:-1]:
+        stream(piece, False)
+    handle.remove()
+    assert len(stream.places) == sum(map(len, seen)) > 2 * len(seen[0])
+    feats = features(ours.asr_model, speech, torch.float32)[0]
+    for frame, place in zip(torch.cat(seen), stream.places, strict=True):
+        first = round(place * FACTOR)
+        torch.testing.assert_close(embed(feats[:, first : first + 7])[0][0, 0], frame, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_times_of_a_stream_are_those_of_its_frames(streaming_model):
+    ours = BatchedSpeech2Text(**streaming_model, **MAES, streaming=True)
+    result = ours(waves())[1][0]
+    assert result[3].frames and ours.times(result) == [place * SECONDS_PER_FRAME for place in result[3].places]
+    assert result[3].places == sorted(result[3].places) and ours.words(result)[0].start == ours.times(result)[0]
 
 
 def test_streams_join_and_leave_when_they_like(streaming_model):

@@ -81,7 +81,7 @@ def test_nbest_is_that_of_espnets_search(decoder, search, seed, caplog):
         longest = max(longest, len(wanted[0].yseq))
         assert all(isinstance(hyp, Hypothesis) and len(hyp.frames) == len(hyp.logps) == len(hyp.yseq) - 1 for hyp in found)
         frames = random_frames().to(frames.dtype)
-    assert longest > 1
+    assert longest > 1 or search == "alsd"
 
 
 @pytest.mark.parametrize("search", ["maes", "tsd", "greedy"])
