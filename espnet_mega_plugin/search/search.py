@@ -106,9 +106,7 @@ class BatchedSearch:
         tokens = beam_size + expansion_beta if search_type == "maes" else beam_size + (search_type != "greedy")
         if tokens > vocab_size:
             of = "beam_size + expansion_beta" if search_type == "maes" else "beam_size + 1 (blank)"
-            raise ValueError(
-                f"{of} is {tokens}, but the model has {vocab_size} tokens. Take a smaller beam_size."
-            )
+            raise ValueError(f"{of} is {tokens}, but the model has {vocab_size} tokens. Take a smaller beam_size.")
         self.decoder, self.joint_network = decoder, joint_network
         self.beam_size, self.search_type, self.nbest, self.score_norm = beam_size, search_type, nbest, score_norm
         self.max_sym_exp, self.u_max, self.window = max_sym_exp, u_max, window

@@ -169,8 +169,9 @@ class LabelTree:
         """
         # Taken between two calls so far: with as much room, nothing has to grow while hypotheses are not in hand
         since = self._used_before
-        self._most_taken = max(self._most_taken[0], self.used_nodes - since[0]), max(
-            self._most_taken[1], self.used_leaves - since[1]
+        self._most_taken = (
+            max(self._most_taken[0], self.used_nodes - since[0]),
+            max(self._most_taken[1], self.used_leaves - since[1]),
         )
         nodes, leaves = max(nodes, self._most_taken[0]), max(leaves, self._most_taken[1])
         if self.fixed_shapes and not self._used_before[0]:  # at first: nothing to give up yet

@@ -83,4 +83,8 @@ def test_quick_decode_benchmark(tmp_path, capsys):
 
 
 def test_edit_distance():
-    assert [bench_decode.distance(list(a), list(b)) for a, b in (("", ""), ("", "ab"), ("kitten", "sitting"))] == [0, 2, 3]
+    assert [bench_decode.distance(list(a), list(b)) for a, b in (("", ""), ("", "ab"), ("kitten", "sitting"))] == [
+        0,
+        2,
+        3,
+    ]

@@ -459,7 +459,17 @@ def test_a_training_that_starts_from_a_model_and_stands_still_is_that_model(alon
 
 def test_batches_give_the_same_and_times(scored):
     folder, _ = scored
-    run(folder, "--stage", "12", "--stop_stage", "12", "--batched", "true", "--inference_config", "conf/decode_maes.yaml")
+    run(
+        folder,
+        "--stage",
+        "12",
+        "--stop_stage",
+        "12",
+        "--batched",
+        "true",
+        "--inference_config",
+        "conf/decode_maes.yaml",
+    )
     ours, theirs = (folder / EXP / f"decode_maes_{tag}asr_model_valid.loss.ave" / "train" for tag in ("batched_", ""))
     for name in ("text", "token", "token_int"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()

@@ -119,9 +119,7 @@ def network_problem(kind: str, lengths: list[int], V: int = 7, seed: int | None 
     encoder_out[:, ::2, 0], encoder_out[:, 1::2, 0] = -1.0, 1.0
     for b, length in enumerate(lengths):
         encoder_out[b, length:] = math.nan
-    log_probs = [
-        log_probs_of(outputs_of(decoder), joint, encoder_out[b, :length]) for b, length in enumerate(lengths)
-    ]
+    log_probs = [log_probs_of(outputs_of(decoder), joint, encoder_out[b, :length]) for b, length in enumerate(lengths)]
     return Problem(V, decoder, joint, encoder_out, lengths, log_probs)
 
 

@@ -214,7 +214,11 @@ def test_words():
     logps = [math.log(p) for p in (0.9, 0.8, 0.5, 1.0, 0.7)]
     frames, half = [2, 3, 7, 8, 8], 0.5
     bpe = words(["▁a", "b", "▁", "c", "▁d"], frames, logps, half, "bpe")
-    assert bpe == [Word("ab", 1.0, 2.0, pytest.approx(0.8)), Word("c", 3.5, 4.5, pytest.approx(0.5)), Word("d", 4.0, 4.5, pytest.approx(0.7))]
+    assert bpe == [
+        Word("ab", 1.0, 2.0, pytest.approx(0.8)),
+        Word("c", 3.5, 4.5, pytest.approx(0.5)),
+        Word("d", 4.0, 4.5, pytest.approx(0.7)),
+    ]
     char = words(["<space>", "b", "c", "<space>", "d"], frames, logps, half, "char")
     assert [(w.text, w.start, w.end) for w in char] == [("bc", 1.5, 4.0), ("d", 4.0, 4.5)]
     assert [w.text for w in words(["one", "two"], frames, logps, half, "word")] == ["one", "two"]
@@ -273,7 +277,9 @@ def test_the_python_doors_errors(model, tmp_path):
 
 
 def test_the_command_writes_espnets_files_in_the_order_of_the_list(folder, model, scp):
-    status, output = run(folder, model, scp, "ours", "--nbest", "2", "--batch_size", "3", "--beam_search_config", "nstep=2")
+    status, output = run(
+        folder, model, scp, "ours", "--nbest", "2", "--batch_size", "3", "--beam_search_config", "nstep=2"
+    )
     assert status == 0
     config = folder / "maes.yaml"
     config.write_text(yaml.safe_dump({**MAES, "nbest": 2}))
@@ -289,13 +295,17 @@ def test_the_command_writes_espnets_files_in_the_order_of_the_list(folder, model
             wanted = {key: wanted[key] for key in found} | ({keys[-1]: ""} if n == 1 else {})
             assert found == wanted  # the last one is too short: ESPnet writes <space> for it, n times
         scores = {key: float(score) for key, score in table(theirs / "score").items() if key != keys[-1]}
-        assert {k: float(v) for k, v in table(ours / "score").items() if k in scores} == pytest.approx(scores, rel=1e-4, abs=1e-3)
+        assert {k: float(v) for k, v in table(ours / "score").items() if k in scores} == pytest.approx(
+            scores, rel=1e-4, abs=1e-3
+        )
     found = output / "1best_recog"
     tokens, times, sure = (table(found / name) for name in ("token", "timestamps", "confidence"))
     assert list(tokens) == list(times) == list(sure) == keys
     for key in keys:
         assert len(tokens[key].split()) == len(times[key].split()) == len(sure[key].split())
-        assert all(abs(float(t) / SECONDS_PER_FRAME - round(float(t) / SECONDS_PER_FRAME)) < 1e-6 for t in times[key].split())
+        assert all(
+            abs(float(t) / SECONDS_PER_FRAME - round(float(t) / SECONDS_PER_FRAME)) < 1e-6 for t in times[key].split()
+        )
     said = [line.split() for line in (found / "ctm").read_text().splitlines()]
     text = table(found / "text")
     assert all(len(line) == 6 for line in said)

@@ -79,7 +79,9 @@ def test_nbest_is_that_of_espnets_search(decoder, search, seed, caplog):
         else:
             assert [hyp.yseq for hyp in found[:1]] == [hyp.yseq for hyp in wanted[:1]]
         longest = max(longest, len(wanted[0].yseq))
-        assert all(isinstance(hyp, Hypothesis) and len(hyp.frames) == len(hyp.logps) == len(hyp.yseq) - 1 for hyp in found)
+        assert all(
+            isinstance(hyp, Hypothesis) and len(hyp.frames) == len(hyp.logps) == len(hyp.yseq) - 1 for hyp in found
+        )
         frames = random_frames().to(frames.dtype)
     assert longest > 1 or search == "alsd"
 
@@ -157,10 +159,14 @@ def made(tmp_path_factory):
 def test_espnets_unmodified_command_writes_the_same(mode, made):
     folder, parts = made
     command = importlib.import_module("espnet2.bin.asr_transducer_inference")
-    streaming = ["--streaming", "true", "--decoding_window", "640", "--left_context", "8"] if mode == "streaming" else []
+    streaming = (
+        ["--streaming", "true", "--decoding_window", "640", "--left_context", "8"] if mode == "streaming" else []
+    )
     for search_type in ("maes", "maes_batched"):
         config = folder / f"{search_type}.yaml"
-        config.write_text(yaml.safe_dump({"beam_size": 4, "nbest": 3, "beam_search_config": {"search_type": search_type}}))
+        config.write_text(
+            yaml.safe_dump({"beam_size": 4, "nbest": 3, "beam_search_config": {"search_type": search_type}})
+        )
         options = [word for name, value in parts[mode].items() for word in (f"--{name}", value)]
         data = ["--data_path_and_name_and_type", f"{parts['scp']},speech,sound", "--num_workers", "0"]
         output = ["--output_dir", str(folder / mode / search_type)]

@@ -48,7 +48,9 @@ def test_a_search_beside_an_open_stream_changes_nothing(kind, weight):
 
 def test_a_stream_may_go_in_and_out_of_inference_mode():
     torch.manual_seed(1)
-    search = BatchedSearch(StatelessDecoder(V, embed_size=8).eval(), JointNetwork(V, 6, 8, joint_space_size=9).eval(), 3)
+    search = BatchedSearch(
+        StatelessDecoder(V, embed_size=8).eval(), JointNetwork(V, 6, 8, joint_space_size=9).eval(), 3
+    )
     frames = torch.randn(12, 6)
     whole = search(frames[None])[0]
     streams = search.streams()

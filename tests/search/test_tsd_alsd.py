@@ -41,7 +41,9 @@ def test_unpruned_tsd_is_the_brute_force_sum(T, most):
     assert found == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize(("T", "u_max", "longest"), [(4, 50, 3), (4, 2, 2), (3, 3, 2), (1, 50, 1), (1, 0, 0), (2, 0, 0)])
+@pytest.mark.parametrize(
+    ("T", "u_max", "longest"), [(4, 50, 3), (4, 2, 2), (3, 3, 2), (1, 50, 1), (1, 0, 0), (2, 0, 0)]
+)
 def test_unpruned_alsd_is_the_brute_force_sum(T, u_max, longest):
     """As many labels at a frame as there may be in all."""
     table = random_table(V=3, peak=1.0, blank=0.0, seed=random.randrange(2**31))

@@ -118,7 +118,9 @@ def test_fusion_and_full_trees(search_type, shapes):
             found = problem.found(options, fusion=Fusion(scorer, WEIGHT))
         seen += scorer.seen["nodes moved"] + scorer.seen["leaves moved"]
         for b, T in enumerate(problem.lengths):
-            assert_same_nbest(found[b], plain.search(problem.log_probs[b], T, options, scorer.added, scorer.added_at_end))
+            assert_same_nbest(
+                found[b], plain.search(problem.log_probs[b], T, options, scorer.added, scorer.added_at_end)
+            )
     assert seen
 
 

@@ -19,7 +19,9 @@ from espnet_mega_plugin.model import SEARCHES, MegaTransducerModel
 
 def model(decoder: str, **conf):
     options = {**configuration(decoder), "frontend": None, "normalize": None, "input_size": 12}
-    made = ASRTransducerTask.build_model(argparse.Namespace(**options, model_conf={"report_cer": True, "report_wer": True, **conf}))
+    made = ASRTransducerTask.build_model(
+        argparse.Namespace(**options, model_conf={"report_cer": True, "report_wer": True, **conf})
+    )
     perturbed(made)
     with torch.no_grad():
         made.joint_network.lin_enc.weight.mul_(8)
@@ -77,7 +79,9 @@ def test_greedy_is_maes_with_a_beam_of_one_and_no_more(seed):
 
 def test_a_pruned_loss_of_one_label_a_frame_is_validated_so(seed):
     torch.manual_seed(seed)
-    ours, theirs = twins("rnn", "maes", "espnet", use_k2_pruned_loss=True, k2_pruned_loss_args={"loss_type": "modified"})
+    ours, theirs = twins(
+        "rnn", "maes", "espnet", use_k2_pruned_loss=True, k2_pruned_loss_args={"loss_type": "modified"}
+    )
     data = batch()
     assert rates(ours, data) == rates(theirs, data)
     assert ours.error_calculator.beam_search.nstep == 1
@@ -92,7 +96,9 @@ def test_training_and_models_without_a_report_decode_nothing():
 
 
 def test_an_unknown_search_is_refused_and_the_parser_knows_the_key():
-    with pytest.raises(ValueError, match="model_conf: validation_search must be one of 'maes', 'greedy', 'espnet'; got 'tsd'"):
+    with pytest.raises(
+        ValueError, match="model_conf: validation_search must be one of 'maes', 'greedy', 'espnet'; got 'tsd'"
+    ):
         model("rnn", validation_search="tsd")
     assert get_default_kwargs(MegaTransducerModel)["validation_search"] == SEARCHES[0] == "maes"
 

@@ -74,7 +74,13 @@ def enliven(model: torch.nn.Module) -> None:
 def language_model(folder: Path, seed: int) -> dict:
     """An LSTM language model as ESPnet's training leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"token_list": TOKENS, "token_type": "char", "lm": "seq_rnn", "lm_conf": {"unit": 8, "nlayers": 1}, "init": None}
+    config = {
+        "token_list": TOKENS,
+        "token_type": "char",
+        "lm": "seq_rnn",
+        "lm_conf": {"unit": 8, "nlayers": 1},
+        "init": None,
+    }
     (folder / "train.yaml").write_text(yaml.safe_dump(config))
     args = LMTask.get_parser().parse_args(["--config", str(folder / "train.yaml"), "--output_dir", str(folder)])
     torch.manual_seed(seed)
