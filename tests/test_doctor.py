@@ -77,4 +77,4 @@ def test_the_command_line_names_its_commands(tmp_path):
             "usage: python -m espnet_mega_plugin" in python("-m", "espnet_mega_plugin", command, "-h", cwd=tmp_path)[0]
         )
     _, err = python("-m", "espnet_mega_plugin", "docter", cwd=tmp_path, status=2)
-    assert "no command 'docter'; there are: doctor, run" in err
+    assert "no command 'docter'; there are: decode, doctor, pictures, run" in err
