@@ -22,17 +22,15 @@ speech recognition", Kluwer 1993; http://www.speech.cs.cmu.edu/databases/an4/.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from espnet_mega_plugin.recipe.download import DownloadFailed, download, read_through
-from espnet_mega_plugin.recipe.kaldi_dir import DataDir, c_sorted, validate, write_data_dir
-from espnet_mega_plugin.recipe.mini_an4 import PARTS, SAMPLE_RATE, read_source
+from espnet_mega_plugin.recipe.kaldi_dir import c_sorted, validate
+from espnet_mega_plugin.recipe.mini_an4 import PARTS, SAMPLE_RATE, parse_transcript, read_source, write_utterances
 from espnet_mega_plugin.recipe.sphere import read_sphere
 
 SITES = {
@@ -42,7 +40,6 @@ SITES = {
 ARCHIVES = {"sph": "an4_sphere.tar.gz", "raw": "an4_raw.bigendian.tar.gz"}
 UTTERANCES = {"train": 948, "test": 130}
 DEV = 100
-_LINE = re.compile(r"(?:<s> )?(?P<words>.+?)(?: </s>)? \((?P<session>\w+)-(?P<speaker>\w+)-(?P<take>\w+)\)")
 
 
 def fetch(downloads: Path, sites: Sequence[str], form: str = "sph") -> Path:
@@ -89,7 +86,7 @@ def make(source: Path, out: Path, dev: int = DEV) -> list[str]:
     sets = {"train_nodev": train[dev:], "train_dev": train[:dev], "test": parts["test"]}
     for name, names in sets.items():
         part = parts["test" if name == "test" else "train"]
-        _write(out.absolute() / name, {utterance: part[utterance] for utterance in names})
+        write_utterances(out.absolute() / name, {utterance: part[utterance] for utterance in names})
     return left_out
 
 
@@ -102,26 +99,13 @@ def _utterances(files: Mapping[str, bytes], transcripts: str, folder: str, left_
         if not line.strip():
             continue
         try:
-            name, words, speaker, recording = _parsed(line.strip(), folder)
+            name, words, speaker, recording = parse_transcript(line.strip(), folder)
             if name in found:
                 raise ValueError(f"{name} appears a second time")
             found[name] = words, speaker, _samples(files, recording)
         except ValueError as error:
             left_out.append(f"{transcripts}, line {number}: {error}")
     return found
-
-
-def _parsed(line: str, folder: str) -> tuple[str, str, str, str]:
-    found = _LINE.fullmatch(line)
-    if not found:
-        raise ValueError(f"expected '<s> WORDS </s> (session-speaker-take)', got {line!r}")
-    session, speaker, take = found["session"], found["speaker"], found["take"]
-    return (
-        f"{speaker}-{session}-{take}",
-        found["words"].upper(),
-        speaker,
-        f"{folder}/{speaker}/{session}-{speaker}-{take}",
-    )
 
 
 def _samples(files: Mapping[str, bytes], recording: str) -> np.ndarray:
@@ -137,20 +121,6 @@ def _samples(files: Mapping[str, bytes], recording: str) -> np.ndarray:
             raise ValueError(f"{name}: {len(content)} bytes are no 16-bit samples")
         return np.frombuffer(content, dtype=">i2").astype(np.int16)
     raise ValueError(f"there is no recording {recording}.sph or .raw")
-
-
-def _write(directory: Path, utterances: Mapping[str, tuple]) -> None:
-    paths = {name: directory / "wav" / f"{name}.wav" for name in utterances}
-    (directory / "wav").mkdir(parents=True, exist_ok=True)
-    for name, (_, _, samples) in utterances.items():
-        soundfile.write(paths[name], samples, SAMPLE_RATE, subtype="PCM_16")
-    data = DataDir(
-        wav={name: str(path) for name, path in paths.items()},
-        text={name: words for name, (words, _, _) in utterances.items()},
-        speaker={name: speaker for name, (_, speaker, _) in utterances.items()},
-    )
-    write_data_dir(directory, data)
-    validate(directory)
 
 
 def sites(choice: str | None) -> list[str]:

@@ -28,7 +28,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def make(out: str | Path, *, source: str | Path | None = None, downloads: str | 
     names = {"train_nodev": train[1:], "train_dev": train[:1], "test": c_sorted(utterances["test"])}
     for name in SETS:
         part = utterances["test" if name == "test" else "train"]
-        _write(out / name, {utterance: part[utterance] for utterance in names[name]})
+        write_utterances(out / name, {utterance: part[utterance] for utterance in names[name]})
     if "LICENSE" in files:
         (out / "LICENSE.an4").write_bytes(files["LICENSE"])
     return left_out
@@ -213,22 +213,27 @@ def _part(files: dict[str, bytes], transcripts: str, folder: str, left_out: list
         if not line.strip():
             continue
         try:
-            name, words, speaker, recording = _parse(line.strip(), folder)
+            name, words, speaker, recording = parse_transcript(line.strip(), folder)
             if name in utterances:
                 raise ValueError(f"{name}: appears twice in {transcripts}")
-            utterances[name] = (words, speaker, _samples(files, recording))
+            utterances[name] = (words, speaker, _samples(files, f"{recording}.sph"))
         except ValueError as error:
             left_out.append(str(error))
             logger.warning("left out: %s", error)
     return utterances
 
 
-def _parse(line: str, folder: str) -> tuple[str, str, str, str]:
+def parse_transcript(line: str, folder: str) -> tuple[str, str, str, str]:
+    """Name, words, speaker and recording, without its ending, of a line of AN4's transcriptions.
+
+    Raises:
+        ValueError: the line has another form.
+    """
     found = _TRANSCRIPT.match(line)
     if not found:
         raise ValueError(f"expected '<s> WORDS </s> (session-speaker-take)', got the transcript {line!r}")
     session, speaker, take = found["session"], found["speaker"], found["take"]
-    recording = f"{folder}/{speaker}/{session}-{speaker}-{take}.sph"
+    recording = f"{folder}/{speaker}/{session}-{speaker}-{take}"
     return f"{speaker}-{session}-{take}", found["words"].upper(), speaker, recording
 
 
@@ -242,7 +247,8 @@ def _samples(files: dict[str, bytes], recording: str):
     return samples
 
 
-def _write(directory: Path, utterances: dict[str, tuple]) -> None:
+def write_utterances(directory: Path, utterances: Mapping[str, tuple]) -> None:
+    """A data directory with its audio, of words, speaker and samples (int16) of each name."""
     import soundfile
 
     (directory / "wav").mkdir(parents=True, exist_ok=True)

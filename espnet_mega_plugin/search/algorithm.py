@@ -64,6 +64,10 @@ class Algorithm:
             ROUNDS * most if tree.used_leaves < leaves else 0,
         )
 
+    def _projected(self, node: Tensor) -> Tensor:
+        """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
+        return self.predictions.projected[self._utterance, self.tree.leaf.gather(1, node).clamp(min=0)]
+
     def _log_probs(self, hypotheses: Hypotheses, frame: Tensor) -> Tensor:
         """Of the hypotheses that are there, in order, or of all where shapes are fixed.
 
@@ -73,8 +77,7 @@ class Algorithm:
         Returns:
             (R or B * H, V)
         """
-        leaf = self.tree.leaf.gather(1, hypotheses.node).clamp(min=0)
-        pairs = frame + self.predictions.projected[self._utterance, leaf]
+        pairs = frame + self._projected(hypotheses.node)
         return self.joint(pairs.flatten(0, 1) if self.tree.fixed_shapes else pairs[hypotheses.there])
 
     def _blank(self, hypotheses: Hypotheses, log_probs: Tensor) -> Tensor:

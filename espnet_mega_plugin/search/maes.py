@@ -143,10 +143,6 @@ class Maes(Algorithm):
             row = row[hypotheses.there & busy[:, None]]
         return busy, log_probs[row.flatten()]
 
-    def _projected(self, node: Tensor) -> Tensor:
-        """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
-        return self.predictions.projected[self._utterance, self.tree.leaf.gather(1, node).clamp(min=0)]
-
     # --- a frame at which labels are taken
 
     def _expand(self, hypotheses: Hypotheses, busy: Tensor, log_probs: Tensor) -> Hypotheses:

@@ -113,7 +113,7 @@ def test_an_odd_number_of_bytes_is_no_raw_recording(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [("NO", "got 'NO'"), ("NO (an251-fash-b)", "fash-an251-b appears a second")]
+    ("line", "message"), [("NO", "got the transcript 'NO'"), ("NO (an251-fash-b)", "fash-an251-b appears a second")]
 )
 def test_a_bad_transcript_is_reported_with_its_line(tmp_path, line, message):
     root = an4(tmp_path / "corpus", "sph")
