@@ -1,12 +1,13 @@
 """Stages 7 and 11: run ESPnet's training command and show a line an epoch; an interrupted training goes on.
 
-ESPnet's own output goes to `train.log`; what is shown is read from there. With `--launcher` the command is one of
-ESPnet's launcher, which submits the training to a cluster: then the cluster's job writes `train.log`, the launcher
-moves an earlier one to `train.1.log`, and what the launcher itself says is in `launch.log`.
+ESPnet's own output goes to `train.log`, after it the peak memory; what is shown is read from there. With `--launcher`
+the command is one of ESPnet's launcher, which submits the training to a cluster: then the cluster's job writes
+`train.log`, the launcher moves an earlier one to `train.1.log`, and what the launcher itself says is in `launch.log`.
 """
 
 import argparse
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -96,6 +97,9 @@ def run_training(command: list[str], exp: Path, launcher: bool = False) -> int:
                 process.wait()
         if status == 0:
             remove_backups(exp)
+        if not launcher:
+            most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            out.write(f"# peak memory of a process: {most / 1e6:.0f} MB\n")
         return status
 
 

@@ -25,36 +25,54 @@ experiments() {
             echo "${decoder}_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed}"
         done
     done
-    local full="--seed 0 --model_conf use_k2_pruned_loss=false --model_conf"
-    echo "mega_fused|conf/train_mega.yaml|${full} transducer_loss=fused"
-    echo "mega_standard|conf/train_mega.yaml|${full} transducer_loss=standard"
-    echo "mega_simple|conf/train_mega.yaml|--seed 0 --decoder_conf rel_pos_bias_type=simple"
-    echo "mega_chunk8|conf/train_mega.yaml|--seed 0 --decoder_conf chunk_size=8"
-    echo "mega_1head|conf/train_mega.yaml|--seed 0 --decoder_conf num_heads=1"
-    echo "mega_1block|conf/train_mega.yaml|--seed 0 --decoder_conf num_blocks=1"
+    local full="--model_conf use_k2_pruned_loss=false --model_conf"
+    for seed in 0 1 2; do
+        echo "mega_fused_seed${seed}|conf/train_mega.yaml|--seed ${seed} ${full} transducer_loss=fused"
+    done
+    echo "mega_standard_seed0|conf/train_mega.yaml|--seed 0 ${full} transducer_loss=standard"
+    echo "mega_simple_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf rel_pos_bias_type=simple"
+    echo "mega_chunk8_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf chunk_size=8"
+    echo "mega_1head_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf num_heads=1"
+    echo "mega_1block_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf num_blocks=1"
 }
 
+# train FOLDER NAME|YAML|OPTIONS [MORE OPTIONS]
 train() {
     local name config options
-    IFS='|' read -r name config options <<< "$1"
-    [ ! -e "exp/compare/asr_${name}/valid.loss.ave.pth" ] || return 0
-    echo "$(date '+%H:%M:%S') training ${name}"
-    ./run.sh --stage 11 --stop_stage 11 --train_threads 1 --asr_exp "exp/compare/asr_${name}" \
-        --asr_config "${config}" --asr_args "${options}" > "exp/compare/${name}.log" 2>&1 \
-        || { echo "compare.sh: ${name} failed, see exp/compare/${name}.log" >&2; return 1; }
+    IFS='|' read -r name config options <<< "$2"
+    [ ! -e "$1/asr_${name}/valid.loss.ave.pth" ] || return 0
+    echo "$(date '+%H:%M:%S') training $1/asr_${name}"
+    ./run.sh --stage 11 --stop_stage 11 --train_threads 1 --asr_exp "$1/asr_${name}" --asr_config "${config}" \
+        --asr_args "${options} ${3:-}" > "$1/${name}.log" 2>&1 \
+        || { echo "compare.sh: ${name} failed, see $1/${name}.log" >&2; return 1; }
 }
 
-# One job at a time, so that the real-time factors are those of one thread by itself
+# decode NAME OPTIONS: one job at a time, so that the real-time factors are those of one thread by itself
 decode() {
-    local name=$1
-    shift
-    echo "$(date '+%H:%M:%S') decoding ${name} ${*}"
-    ./run.sh --stage 12 --stop_stage 13 --inference_nj 1 --asr_exp "exp/compare/asr_${name}" "$@" \
+    local name=$1 done="exp/compare/asr_$1/decoded_batched_$3"
+    [ ! -e "${done}" ] || return 0
+    echo "$(date '+%H:%M:%S') decoding ${name} ${*:2}"
+    ./run.sh --stage 12 --stop_stage 13 --inference_nj 1 --asr_exp "exp/compare/asr_${name}" "${@:2}" \
         >> "exp/compare/${name}.log" 2>&1 || { echo "compare.sh: see exp/compare/${name}.log" >&2; return 1; }
+    touch "${done}"
 }
 
-mkdir -p exp/compare
+mkdir -p exp/compare/alone
 chosen=$(experiments | grep -E -- "^[^|]*(${only})") || { echo "compare.sh: no experiment matches ${only}" >&2; exit 2; }
 
 export -f train
-xargs -d '\n' -P "${train_jobs}" -I{} bash -c 'train "$1"' _ {} <<< "${chosen}"
+xargs -d '\n' -P "${train_jobs}" -I{} bash -c 'train exp/compare "$1"' _ {} <<< "${chosen}"
+while IFS= read -r line; do    # an epoch by itself: its time and memory
+    [[ "${line%%|*}" != *_seed0 ]] || train exp/compare/alone "${line}" "--max_epoch 1"
+done <<< "${chosen}"
+for name in $(sed 's/|.*//' <<< "${chosen}"); do
+    decode "${name}" --batched true \
+        --inference_config "conf/decode_greedy_batched.yaml conf/decode_maes_batched.yaml conf/decode_tsd_batched.yaml"
+    case "${name}" in
+        mega_seed0 | rnn_seed0 | stateless_seed0) decode "${name}" --batched false ;;    # ESPnet's searches
+    esac
+done
+for folder in exp/compare exp/compare/alone; do
+    python3 -m espnet_mega_plugin.recipe.compare --expdir "${folder}" --data_dir dump/raw \
+        --test_sets "test test_unseen" --against mega --out "${folder}/README.md"
+done
