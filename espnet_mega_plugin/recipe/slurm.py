@@ -10,6 +10,8 @@ that of Kaldi's slurm.pl, and so is the file of settings (--config; default conf
     option gpu=* -p gpu --gres=gpu:$0         what `--gpu 2` adds to it, with 2 for $0
     option gpu=0 -p cpu                       an exact value goes before *
     default gpu=0                             where the option is not given
+
+Of several --num_threads the largest counts: ESPnet's launcher adds its own, a CPU a GPU, behind that of --train_threads.
 """
 
 import re
@@ -74,7 +76,11 @@ def submission(config: str, options: Mapping[str, str]) -> list[str]:
 
 
 def job_script(call: Call, folder: Path) -> str:
-    """The batch script: change into `folder`, source path.sh, run the command with its output in the log."""
+    """The batch script: change into `folder`, source path.sh, run the command with its output in the log.
+
+    From version 22.05 on Slurm's srun no longer takes over the CPUs of the job that it runs in (its release notes), so
+    they are named to it.
+    """
 
     def quoted(word: str) -> str:
         if call.word is None:
@@ -86,6 +92,7 @@ def job_script(call: Call, folder: Path) -> str:
     return f"""#!/bin/bash
 cd {shlex.quote(str(folder))} || exit 1
 [ ! -f path.sh ] || . ./path.sh
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK}}"
 log={quoted(call.log)}
 mkdir -p "$(dirname "${{log}}")"
 {{
@@ -155,10 +162,28 @@ def _code(log: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
+def most_threads(arguments: Sequence[str]) -> list[str]:
+    """A call's arguments with one `--num_threads`, the largest of those given.
+
+    Raises:
+        ValueError: one of them is no number.
+    """
+    options, threads, rest = [], [], list(arguments)
+    while len(rest) > 1 and rest[0].startswith("--"):
+        name, value, *rest = rest
+        if name not in ("--num_threads", "--num-threads"):
+            options += [name, value]
+        elif value.isdecimal():
+            threads.append(int(value))
+        else:
+            raise ValueError(f"{name} {value}: expected a number")
+    return [*options, *(("--num_threads", str(max(threads))) if threads else ()), *rest]
+
+
 def main() -> None:
     leave_on_signals()
     try:
-        call = parse_call(sys.argv[1:])
+        call = parse_call(most_threads(sys.argv[1:]))
         path = Path(call.options.get("config", "conf/slurm.conf"))
         if "config" in call.options or path.exists():
             config = path.read_text(encoding="utf-8")

@@ -5,17 +5,23 @@ import sys
 from pathlib import Path
 
 PROGRAMS = {
-    # --wait: tells the job's number, runs it (an array one after the other), ends with the largest exit status
+    # --wait: tells the job's number, runs it (an array one after the other), ends with the largest exit status.
+    # A job has the variables of --export and Slurm's own, and no others
     "sbatch": """
         parser.add_argument("--array", default="")
         parser.add_argument("--nodes", default="1")
+        parser.add_argument("--cpus-per-task")
+        parser.add_argument("--export", default="")
         job, _ = parser.parse_known_args()
         number = len((HERE / "sbatch.calls").read_text().splitlines())
         print(number, flush=True)
         first, _, last = job.array.partition("%")[0].partition("-")
         worst = 0
         for task in range(int(first), int(last) + 1) if job.array else [None]:
-            env = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": job.nodes}
+            env = {name: os.environ[name] for name in ("HOME", *job.export.split(",")) if name in os.environ}
+            env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": job.nodes}
+            if job.cpus_per_task:
+                env["SLURM_CPUS_PER_TASK"] = job.cpus_per_task
             if task is not None:
                 env["SLURM_ARRAY_TASK_ID"] = str(task)
             process = subprocess.Popen(["bash", sys.argv[-1]], env=env, start_new_session=True)
@@ -23,7 +29,8 @@ PROGRAMS = {
             worst = max(worst, process.wait())
         sys.exit(worst)
     """,
-    # one task a node, all at once, each with the variables by which ESPnet knows a step of Slurm
+    # one task a node, all at once, each with the variables by which ESPnet knows a step of Slurm, and, as from Slurm
+    # 22.05 on, with a CPU unless srun itself is asked for more
     "srun": """
         nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
         command = sys.argv[1:]
@@ -31,7 +38,8 @@ PROGRAMS = {
             command.pop(0)
         tasks = []
         for rank in range(nodes):
-            step = {"SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": 0, "SLURM_NTASKS": nodes,
+            step = {"SLURM_CPUS_PER_TASK": os.environ.get("SRUN_CPUS_PER_TASK", 1),
+                    "SLURM_PROCID": rank, "SLURM_NODEID": rank, "SLURM_LOCALID": 0, "SLURM_NTASKS": nodes,
                     "SLURM_STEP_NUM_NODES": nodes, "SLURM_STEP_NODELIST": "localhost"}
             env = {**os.environ, **{name: str(value) for name, value in step.items()}}
             tasks.append(subprocess.Popen(command, env=env))

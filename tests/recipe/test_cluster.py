@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from slurm_stand_in import calls, install
+from tones import recipe
 
 from espnet_mega_plugin.recipe.jobs import Job, JobFailed, parse_call, run_jobs
-from espnet_mega_plugin.recipe.slurm import DEFAULT_CONFIG, job_script, submission
+from espnet_mega_plugin.recipe.slurm import DEFAULT_CONFIG, job_script, most_threads, submission
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLURM = str(REPOSITORY / "egs" / "TEMPLATE" / "asr1" / "utils" / "slurm.pl")
@@ -104,6 +105,62 @@ def test_a_batch_script_gives_the_command_its_words(slurm, word):
     subprocess.run(["bash", "job.sh"], env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"}, check=True)
     said = (slurm / "log" / "x.3.log").read_text().splitlines()
     assert said[2] == str([word.replace("JOB.", "3."), "3"]) and said[-1].startswith("# Ended (code 0)")
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("--gpu 2 --num-threads 8 --num_threads 2 x.log cmd", "--gpu 2 --num_threads 8 x.log cmd"),
+        ("--num_threads 2 --num_threads 16 JOB=1:2 x.JOB.log cmd", "--num_threads 16 JOB=1:2 x.JOB.log cmd"),
+        ("--name x x.log cmd --num_threads 3 --num_threads 1", "--name x x.log cmd --num_threads 3 --num_threads 1"),
+    ],
+)
+def test_the_most_threads_that_are_asked_for_count(given, asked):
+    assert most_threads(given.split()) == asked.split()
+
+
+def test_threads_are_a_number(slurm):
+    result = call(SLURM, "--num_threads", "many", "x.log", "true")
+    assert result.returncode == 1 and result.stderr == "slurm.pl: --num_threads many: expected a number\n"
+
+
+# In place of ESPnet's training: its threads and the CPUs that Slurm gave it; all other modules are run as they are
+TELLS = """#!/bin/bash
+case "$*" in
+    "-m espnet2.bin.asr_transducer_train "*) echo "threads ${OMP_NUM_THREADS:-} of ${SLURM_CPUS_PER_TASK:-1} CPUs" ;;
+    *) exec python3 "$@" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "cpus", "told"),
+    [
+        ("", None, ["threads 1 of 1 CPUs"]),  # path.sh's
+        ("--train_threads 6", "6", ["threads 6 of 6 CPUs"]),
+        ("--train_threads 6 --ngpu 2", "12", ["threads 6 of 12 CPUs"]),  # two processes
+        ("--train_threads 6 --num_nodes 2", "6", ["threads 6 of 6 CPUs"] * 2),
+        ("--train_threads 6 --ngpu 2 --num_nodes 2", "12", ["threads 6 of 12 CPUs"] * 2),
+    ],
+)
+def test_a_training_gets_its_threads_and_cpus_for_them(slurm, monkeypatch, options, cpus, told):
+    """Through ESPnet's launcher, which asks for a CPU a GPU of its own accord where there are several machines."""
+    folder = recipe(slurm, "--train_set train --valid_set dev --test_sets test --token_type char")
+    stats = "exp/asr_stats_raw_char/train"
+    for name in ("data/token_list/char/tokens.txt", f"{stats}/text_shape.char", f"{stats}/feats_stats.npz"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "tells").write_text(TELLS)
+    (folder / "tells").chmod(0o755)
+    monkeypatch.setenv("cmd_backend", "slurm")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # that of the machine which submits
+    words = ["--stage", "11", "--stop_stage", "11", "--asr_exp", "exp/x", "--python", "./tells", *options.split()]
+    result = call(str(folder / "run.sh"), *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    log = (folder / "exp" / "x" / "train.log").read_text()
+    assert [line for line in log.splitlines() if line.startswith("threads")] == told
+    [sbatch] = calls(slurm / "bin", "sbatch")
+    assert (sbatch[sbatch.index("--cpus-per-task") + 1] if "--cpus-per-task" in sbatch else None) == cpus
 
 
 def test_an_array_of_jobs(slurm):

@@ -23,7 +23,7 @@ num_nodes=1                 # Machines for training; more than one needs a clust
 nj=0                        # Parallel jobs of stages 2, 3, 6 and 10; 0: one a CPU core.
 inference_nj=0              # Parallel jobs of stage 12; 0: one a CPU core.
 gpu_inference=false         # Decode on a GPU, and compute the language model's perplexity there.
-train_threads=0             # CPU threads of training; 0: what OMP_NUM_THREADS says, else one a CPU core.
+train_threads=0             # CPU threads of a training process; 0: OMP_NUM_THREADS, else one a core; on a cluster one.
 dumpdir=dump                # Folder for formatted audio.
 expdir=exp                  # Folder for experiments.
 python="python3 -m espnet_mega_plugin.run"  # Command that starts ESPnet's modules.
@@ -179,7 +179,7 @@ case "${score_opts}" in ""|-s) ;; *) die "--score_opts ${score_opts}: only -s is
 cores=$(python3 -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 [ "${nj}" -gt 0 ] || nj=${cores}
 [ "${inference_nj}" -gt 0 ] || inference_nj=${cores}
-[ "${train_threads}" -gt 0 ] || train_threads=${_threads:-${cores}}
+[ "${train_threads}" -gt 0 ] || ! is_local "${cuda_cmd}" || train_threads=${_threads:-${cores}}
 
 stem() { local name=${1##*/}; echo "${name%.*}"; }
 # "--beam_size 10" -> "_beam_size10", for folder names, as ESPnet does
@@ -295,17 +295,22 @@ resume_with() {
 
 # training EXP CONFIG COMMAND...: one of ESPnet's training commands, on this machine or through ESPnet's launcher
 training() {
-    local exp=$1 config=$2; shift 2
+    local exp=$1 config=$2 cmd threads=(); shift 2
     if [ "${num_nodes}" -eq 1 ] && is_local "${cuda_cmd}"; then
         OMP_NUM_THREADS=${train_threads} recipe train --exp "${exp}" --config "${config}" \
             --token_list "${token_list}" -- "$@" --ngpu "${ngpu}" --multiprocessing_distributed true
     else
+        cmd="${cuda_cmd} --name ${exp##*/}"
+        if [ "${train_threads}" -gt 0 ]; then  # a job has an environment of its own, and the CPUs that it asks for
+            cmd+=" --num_threads $((train_threads * (ngpu > 1 ? ngpu : 1)))"
+            threads=(env "OMP_NUM_THREADS=${train_threads}")
+        fi
         # shellcheck disable=SC2086
-        OMP_NUM_THREADS=${train_threads} recipe train --launcher --exp "${exp}" --config "${config}" \
+        recipe train --launcher --exp "${exp}" --config "${config}" \
             --token_list "${token_list}" -- ${python} -m espnet2.bin.launch \
-            --cmd "${cuda_cmd} --name ${exp##*/}" --log "${exp}/train.log" --ngpu "${ngpu}" \
+            --cmd "${cmd}" --log "${exp}/train.log" --ngpu "${ngpu}" \
             --num_nodes "${num_nodes}" --init_file_prefix "${exp}/.dist_init_" --multiprocessing_distributed true -- \
-            "$@"
+            ${threads[@]+"${threads[@]}"} "$@"
     fi
 }
 

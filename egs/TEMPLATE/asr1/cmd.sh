@@ -3,8 +3,9 @@
 #   train_cmd    statistics, tokens, perplexity
 #   cuda_cmd     training, and decoding with --gpu_inference true
 #   decode_cmd   decoding
-# A runner is called as `<runner> [--gpu N] [--num_nodes N] [JOB=1:4] <log> <command ...>`; options for all its jobs,
-# such as --mem 4G --time 12:0:0 --max-jobs-run 20, are written here.
+# A runner is called as `<runner> [--gpu N] [--num_threads N] [--num_nodes N] [JOB=1:4] <log> <command ...>`, where
+# --num_threads is the CPUs of a training (--train_threads of run.sh). Options for all its jobs, such as
+# --mem 4G --time 12:0:0 --max-jobs-run 20, are written here.
 cmd_backend=${cmd_backend:-local}
 
 case "${cmd_backend}" in
