@@ -6,7 +6,8 @@ Forward: for tiles of cells the logits are computed, reduced to three numbers a 
 and forgotten; the lattice (`lattice.py`) turns these into posteriors. Backward: logits are computed again, for those
 cells alone whose posterior exceeds `threshold`. Where a share f of the cells does, that is 2 + 6 f products of
 (cells, J, V) against 6 with materialised logits: fewer as soon as f is under two thirds, as at random weights, and a
-third of them once the model knows where its labels are.
+third of them once the model knows where its labels are. On CUDA, kernels take over what lies between the products
+(`fused_kernels.py`); what is here runs on any device.
 
 B utterances, T frames, U labels, V classes, J channels of the joint space; R rows, one for each cell of a tile.
 """
@@ -20,11 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from espnet_mega_plugin.rnnt import arguments, wavefront
 from espnet_mega_plugin.rnnt.lattice import shares
+from espnet_mega_plugin.rnnt.loss import fastest
 from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 
-# A tile's logits. On the CPU they go through the cache once more after the product; a GPU has to be filled.
+# A tile's logits. On the CPU they go through the cache once more after the product.
 CPU_TILE_BYTES = 1 << 22
-DEVICE_TILE_BYTES = 1 << 27
+# A GPU has to be filled: there a tile, hidden rows included, takes a 16th of the logits' bytes, within these limits.
+DEVICE_TILE_BYTES = 1 << 25, 1 << 28
 FEWEST_ROWS = 256  # below this the products get slower
 # Cells up to this posterior are not computed in backward. float32: they hold 3e-8 of all posteriors at most, and the
 # gradient's own rounding is ten times that.
@@ -46,6 +49,7 @@ def fused_rnnt_loss(
     fastemit_lambda: float = 0.001,
     threshold: float | None = None,
     *,
+    method: str = "auto",
     check: bool | None = None,
 ) -> Tensor:
     """`rnnt_loss` of the joint network's logits, in a fraction of their memory.
@@ -71,14 +75,20 @@ def fused_rnnt_loss(
         blank, reduction, fastemit_lambda, check: as in `rnnt_loss`.
         threshold: cells whose posterior is at most this give no gradient and are not computed in backward. None: 1e-8,
             and 1e-18 for float64; 0 keeps all.
+        method: what lies between the products: "wavefront" (plain PyTorch, any device), "triton" (kernels for CUDA
+            devices) or "auto": "triton" on CUDA where Triton and a C compiler are found, else "wavefront".
 
     Returns:
         as `rnnt_loss`: (1,), or (B,) with reduction "none".
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError, ValueError: an argument is not as above, or "triton" is asked for elsewhere than on CUDA; the message
+            names it.
+        ImportError: "triton" is asked for and Triton is not installed.
     """
     arguments.options(reduction, fastemit_lambda, threshold)
+    if method != "auto" and method not in METHODS:
+        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}; got {method!r}.")
     _shapes_and_types(enc, dec, weight, bias, activation)
     logits = arguments.unbuilt((*enc.shape[:2], dec.shape[1], len(weight)), enc)
     given = arguments.problem(logits, labels, frame_lengths, label_lengths, blank, check, NAMES)
@@ -87,7 +97,7 @@ def fused_rnnt_loss(
     inputs = [x for x in (enc, dec, weight, bias, *parameters) if x is not None]
     if len(enc):
         dtype = _product_type(enc, dec, weight)
-        options = _Options(
+        options = Options(
             activation,
             given.blank,
             fastemit_lambda,
@@ -96,13 +106,14 @@ def fused_rnnt_loss(
             wanted=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
             count=_count(frame_lengths, label_lengths, logits),
         )
-        costs = _Costs.apply(enc, dec, weight, bias, *given[1:4], options, *parameters)
+        compute = METHODS[fastest(enc.device) if method == "auto" else method]
+        costs = compute(enc, dec, weight, bias, *given[1:4], options, *parameters)
     else:
         costs = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs)
     return arguments.reduced(costs, given.invalid, reduction)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     blank: int
     fastemit_lambda: float
@@ -112,13 +123,26 @@ class _Options(NamedTuple):
     count: int | None  # of the cells within the lengths; None: to be asked of the tensors
 
 
+def _wavefront(*problem) -> Tensor:
+    return _Costs.apply(*problem)
+
+
+def _triton(*problem) -> Tensor:
+    from espnet_mega_plugin.rnnt.fused_kernels import Costs
+
+    return Costs.apply(*problem)
+
+
+METHODS = {"wavefront": _wavefront, "triton": _triton}
+
+
 class _Costs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, enc, dec, weight, bias, labels, frame_lengths, label_lengths, options, *parameters):
         B, T, U1 = *enc.shape[:2], dec.shape[1]
-        joint = _Joint(enc, dec, weight, bias, options)
+        joint = Joint(enc, dec, weight, bias, options)
         labels = torch.nn.functional.pad(labels, (0, 1), value=options.blank)  # (B, U+1): the last row has no next one
-        cells = _where(_inside(B, T, U1, frame_lengths, label_lengths), options.count)
+        cells = where(inside(B, T, U1, frame_lengths, label_lengths), options.count)
         lse, at_blank, at_label = (torch.zeros(B, T, U1, dtype=torch.float64, device=enc.device) for _ in range(3))
         with torch.autocast(enc.device.type, enabled=False):
             for tile in cells.split(joint.rows_of_a_tile):
@@ -132,7 +156,7 @@ class _Costs(torch.autograd.Function):
             by_label.mul_(1 + options.fastemit_lambda)
             share = by_blank + by_label
             if options.threshold or wavefront.lengths_are_free(enc):
-                cells = _where(~(share <= options.threshold))  # a NaN stays
+                cells = where(~(share <= options.threshold))  # a NaN stays
             planes = (lse, at_blank, at_label, by_blank, by_label, share)
             lse, at_blank, at_label, by_blank, by_label, share = (plane.view(-1)[cells] for plane in planes)
             # p_k share = exp(logit - offset); nothing is left at +inf
@@ -148,7 +172,7 @@ class _Costs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_costs):
         enc, dec, weight, bias, cells, offset, at_blank, at_label, next_label, *parameters = ctx.saved_tensors
-        joint = _Joint(enc, dec, weight, bias, ctx.options)
+        joint = Joint(enc, dec, weight, bias, ctx.options)
         scale = grad_costs.double()[joint.utterance(cells)]
         tile = joint.rows_of_a_tile
         sign = scale.sign() if scale.device.type != "cpu" or (scale < 0).any() else None
@@ -159,17 +183,13 @@ class _Costs(torch.autograd.Function):
             (at_label * scale).to(joint.sums),
             next_label,
         )
-        sums = _Gradients(joint, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
+        sums = Gradients(joint, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
         with torch.autocast(enc.device.type, enabled=False):
             for start in range(0, len(cells), tile):
                 part = slice(start, start + tile)
-                sums.add(_Rows(*(x[part] for x in rows)), None if sign is None else sign[part])
-        totals = (sums.enc, sums.dec, sums.weight, sums.bias)
-        gradients = (
-            None if total is None else total.view_as(source).to(source.dtype)
-            for total, source in zip(totals, (enc, dec, weight, bias), strict=True)
-        )
-        return *gradients, None, None, None, None, *sums.of_parameters
+                chosen = _Rows(*(x[part] for x in rows)), None if sign is None else sign[part]
+                sums.add(chosen[0].cells, lambda _, hidden, chosen=chosen: _gradient_to_logits(joint, hidden, *chosen))
+        return *sums.like(enc, dec, weight, bias), None, None, None, None, *sums.of_parameters
 
 
 class _Rows(NamedTuple):
@@ -182,10 +202,10 @@ class _Rows(NamedTuple):
     next_label: Tensor  # (R,) the blank where there is none
 
 
-class _Joint:
+class Joint:
     """The joint network on chosen cells."""
 
-    def __init__(self, enc: Tensor, dec: Tensor, weight: Tensor, bias: Tensor | None, options: _Options):
+    def __init__(self, enc: Tensor, dec: Tensor, weight: Tensor, bias: Tensor | None, options: Options):
         (B, self.T, J), (_, self.U1, _) = enc.shape, dec.shape
         self.enc, self.dec = enc.detach().reshape(B * self.T, J), dec.detach().reshape(B * self.U1, J)
         self.weight = weight.detach().to(options.dtype)
@@ -196,11 +216,18 @@ class _Joint:
             torch.nn.functional.tanh,
         )
         self.sums = accumulator(options.dtype)
-        on_cpu = enc.device.type == "cpu"
-        tile = CPU_TILE_BYTES * torch.get_num_threads() if on_cpu else DEVICE_TILE_BYTES
-        self.rows_of_a_tile = min(max(FEWEST_ROWS, tile // (len(weight) * self.sums.itemsize)), B * self.T * self.U1)
+        self.rows_of_a_tile = min(max(FEWEST_ROWS, self._rows_that_fit(B * self.T * self.U1)), B * self.T * self.U1)
         # fresh memory costs more than what is done in it
         self.buffer = self.weight.new_empty(self.rows_of_a_tile, len(weight))
+
+    def _rows_that_fit(self, cells: int) -> int:
+        V, J = self.weight.shape
+        if self.weight.device.type == "cpu":
+            return CPU_TILE_BYTES * torch.get_num_threads() // (V * self.sums.itemsize)
+        fewest, most = DEVICE_TILE_BYTES
+        size = self.weight.dtype.itemsize
+        rows = min(max(fewest, cells * V * size // 16), most) // ((V + 2 * J) * size)  # hidden rows and their gradient
+        return rows - rows % 16  # every tile begins where wide loads may
 
     def utterance(self, cells: Tensor) -> Tensor:
         return cells // (self.T * self.U1)
@@ -235,10 +262,10 @@ class _Joint:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
 
-class _Gradients:
+class Gradients:
     """Sums, over tiles, of the gradients to what the joint network is made of; None for those nobody wants."""
 
-    def __init__(self, joint: _Joint, wanted: tuple[bool, ...], parameters: list[Tensor], trained: tuple[bool, ...]):
+    def __init__(self, joint: Joint, wanted: tuple[bool, ...], parameters: list[Tensor], trained: tuple[bool, ...]):
         self.joint = joint
         self.enc, self.dec, self.weight, self.bias = (
             torch.zeros_like(source, dtype=joint.sums, memory_format=torch.contiguous_format) if want else None
@@ -247,9 +274,10 @@ class _Gradients:
         self.parameters = [parameter for parameter, want in zip(parameters, trained, strict=True) if want]
         self.of_parameters = [torch.zeros_like(parameter) for parameter in self.parameters]
 
-    def add(self, rows: _Rows, sign: Tensor | None) -> None:
-        hidden, derivative = self.joint.hidden_and_derivative(rows.cells, self.parameters)
-        grad = _gradient_to_logits(self.joint, hidden, rows, sign)
+    def add(self, cells: Tensor, to_logits: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """A tile; ``to_logits`` makes the gradient to its logits of cells and hidden rows."""
+        hidden, derivative = self.joint.hidden_and_derivative(cells, self.parameters)
+        grad = to_logits(cells, hidden)
         if self.bias is not None:
             self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
         if self.weight is not None:
@@ -257,13 +285,22 @@ class _Gradients:
         if self.enc is None and self.dec is None and not self.parameters:
             return
         summed, *others = derivative((grad @ self.joint.weight).to(hidden.dtype))
-        summed = summed.to(self.joint.sums)
-        if self.enc is not None:
-            self.enc.index_add_(0, self.joint.enc_row(rows.cells), summed)
-        if self.dec is not None:
-            self.dec.index_add_(0, self.joint.dec_row(rows.cells), summed)
+        self.add_to_rows(cells, summed)
         for total, part in zip(self.of_parameters, others, strict=True):
             total.add_(part)
+
+    def add_to_rows(self, cells: Tensor, summed: Tensor) -> None:
+        """The gradient to enc + dec to those of the rows of enc and dec that were summed. (R, J)"""
+        summed = summed.to(self.joint.sums)
+        if self.enc is not None:
+            self.enc.index_add_(0, self.joint.enc_row(cells), summed)
+        if self.dec is not None:
+            self.dec.index_add_(0, self.joint.dec_row(cells), summed)
+
+    def like(self, *inputs: Tensor | None) -> list[Tensor | None]:
+        """The sums as the gradients to enc, dec, weight and bias: in their shapes and types."""
+        totals = zip((self.enc, self.dec, self.weight, self.bias), inputs, strict=True)
+        return [None if total is None else total.view_as(source).to(source.dtype) for total, source in totals]
 
 
 def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,7 +313,7 @@ def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor,
     return lse, at_blank.double() - lse, at_label.double() - lse
 
 
-def _gradient_to_logits(joint: _Joint, hidden: Tensor, rows: _Rows, sign: Tensor | None) -> Tensor:
+def _gradient_to_logits(joint: Joint, hidden: Tensor, rows: _Rows, sign: Tensor | None) -> Tensor:
     """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow."""
     logits = joint.logits(hidden)
     grad = logits if logits.dtype == joint.sums else torch.empty_like(logits, dtype=joint.sums)
@@ -310,13 +347,13 @@ def _tanh_(x: Tensor) -> Tensor:
     return x.tanh_()
 
 
-def _inside(B: int, T: int, U1: int, frame_lengths: Tensor, label_lengths: Tensor) -> Tensor:
+def inside(B: int, T: int, U1: int, frame_lengths: Tensor, label_lengths: Tensor) -> Tensor:
     """Which cells lie within the lengths. (B, T, U+1)"""
     t, u = torch.arange(T, device=frame_lengths.device), torch.arange(U1, device=label_lengths.device)
     return (t[:, None] < frame_lengths[:, None, None]) & (u <= label_lengths[:, None, None])
 
 
-def _where(cells: Tensor, count: int | None = None) -> Tensor:
+def where(cells: Tensor, count: int | None = None) -> Tensor:
     """Places of those that are True, ``count`` of them: without it a device is waited for."""
     cells = cells.view(-1)
     return (cells.nonzero() if count is None else cells.nonzero_static(size=count))[:, 0]

@@ -4,7 +4,8 @@
 the diagonals of one utterance: forward it keeps, for each cell, the share of its probability that came by the blank
 arc, backward it deals out the posterior by these shares, without another exponential. Scores are relative to the best
 of their diagonal, whose sum is compensated, so float32 is enough (float64 for float64 logits). `gradient` writes the
-rows that carry posterior and fills the others with zeros, unread.
+rows that carry posterior and fills the others with zeros, unread. The first and the last take whole logits or, given
+``cells``, a tile of the rows of these: that is for the loss fused with the joint network (`fused_kernels.py`).
 
 Planes of the lattice are stored by diagonals: cell (t, u) at (t + u, u), so that a diagonal is read in one piece.
 B utterances, T frames, U labels, V classes, N = T + U diagonals; a row is the V logits of one cell. Offsets that count
@@ -68,28 +69,13 @@ class _Costs(torch.autograd.Function):
         N, dtype = T + U1 - 1, accumulator(logits.dtype)
         rows = logits.contiguous()
         targets = labels.contiguous(), frame_lengths.contiguous(), label_lengths.contiguous()
-        lse = rows.new_empty(B, T, U1, dtype=dtype)
-        at_blank, at_label = (rows.new_empty(B, N, U1, dtype=dtype) for _ in range(2))
-        stay = rows.new_empty((B, N, U1) if wanted else 1, dtype=dtype)
-        log_prob = rows.new_empty(B, dtype=dtype)
+        lse, at_blank, at_label = planes(rows, B, T, U1, dtype)
         with torch.cuda.device_of(rows):
-            columns = _columns(V)
-            row_statistics[(B * T * U1,)](rows, *targets, lse, at_blank, at_label, T, U1, V, blank, N, COLUMNS=columns)
-            width = max(2, triton.next_power_of_2(U1))
-            lattice[(B,)](
-                at_blank,
-                at_label,
-                stay,
-                *targets[1:],
-                log_prob,
-                U1,
-                N,
-                WIDTH=width,
-                WANTED=wanted,
-                num_warps=_warps(width),
+            row_statistics[(B * T * U1,)](
+                rows, None, *targets, lse, at_blank, at_label, T, U1, V, blank, N, COLUMNS=columns(V)
             )
+            log_prob = walk(at_blank, at_label, *targets[1:], wanted)
         if wanted:
-            # in the places of the scores there are now the arcs' posteriors
             by_blank, by_label = at_blank, at_label.mul_(1 + fastemit_lambda)
             ctx.save_for_backward(logits, *targets, lse, by_blank, by_label)
             ctx.blank, ctx.inplace, ctx.threshold = blank, inplace, threshold
@@ -104,17 +90,39 @@ class _Costs(torch.autograd.Function):
         rows = logits.contiguous()
         grad = rows if ctx.inplace else torch.empty_like(rows)
         scale = grad_costs.to(lse.dtype).contiguous()
-        planes = (lse, by_blank, by_label, scale)
+        sizes = T, U1, V, ctx.blank, T + U1 - 1
         with torch.cuda.device_of(rows):
             gradient[(B * T * U1,)](
-                rows, grad, *targets, *planes, T, U1, V, ctx.blank, T + U1 - 1, ctx.threshold, COLUMNS=_columns(V)
+                *(rows, grad, None, *targets, lse, by_blank, by_label, scale, *sizes, ctx.threshold),
+                COLUMNS=columns(V),
+                TINY=torch.finfo(lse.dtype).tiny,
             )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # autograd does not see what kernels write
         return grad, None, None, None, None, None
 
 
-def _columns(V: int) -> int:
+def planes(like: Tensor, B: int, T: int, U1: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_statistics` fills: log-sum-exps (B, T, U+1), scores of blank and next label (B, N, U+1)."""
+    shapes = (B, T, U1), (B, T + U1 - 1, U1), (B, T + U1 - 1, U1)
+    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def walk(at_blank: Tensor, at_label: Tensor, frame_lengths: Tensor, label_lengths: Tensor, wanted: bool) -> Tensor:
+    """log P of each utterance. Where ``wanted``, the arcs' posteriors take the place of their scores. (B,)"""
+    B, N, U1 = at_blank.shape
+    stay, log_prob = at_blank.new_empty((B, N, U1) if wanted else 1), at_blank.new_empty(B)
+    width = max(2, triton.next_power_of_2(U1))
+    lattice[(B,)](
+        *(at_blank, at_label, stay, frame_lengths, label_lengths, log_prob, U1, N),
+        WIDTH=width,
+        WANTED=wanted,
+        num_warps=_warps(width),
+    )
+    return log_prob
+
+
+def columns(V: int) -> int:
     return min(MOST_CLASSES_AT_ONCE, triton.next_power_of_2(V))
 
 
@@ -125,13 +133,30 @@ def _warps(width: int) -> int:
 # Lengths differ from batch to batch: no kernel is compiled for special values of them.
 @triton.jit(do_not_specialize=["T", "U1", "blank", "N"])
 def row_statistics(
-    logits, labels, frame_lengths, label_lengths, lse, at_blank, at_label, T, U1, V, blank, N, COLUMNS: tl.constexpr
+    logits,
+    cells,
+    labels,
+    frame_lengths,
+    label_lengths,
+    lse,
+    at_blank,
+    at_label,
+    T,
+    U1,
+    V,
+    blank,
+    N,
+    COLUMNS: tl.constexpr,
 ):
-    """One row a program."""
+    """One row a program; ``cells`` are those that the rows belong to, None where each cell has its row."""
     row = tl.program_id(0).to(tl.int64)
-    u = row % U1
-    t = (row // U1) % T
-    b = row // U1 // T
+    if cells is None:
+        cell = row
+    else:
+        cell = tl.load(cells + row)
+    u = cell % U1
+    t = (cell // U1) % T
+    b = cell // U1 // T
     U = tl.load(label_lengths + b)
     if (t < tl.load(frame_lengths + b)) & (u <= U):
         dtype: tl.constexpr = lse.dtype.element_ty
@@ -146,7 +171,7 @@ def row_statistics(
             total = total * tl.exp(most - shift) + tl.sum(tl.exp(part - shift), 0)
             most = higher
         found = most + tl.log(total)
-        tl.store(lse + row, found)
+        tl.store(lse + cell, found)
         place = (b * N + t + u) * U1 + u
         tl.store(at_blank + place, tl.load(first + blank).to(dtype) - found)
         if u < U:
@@ -225,10 +250,21 @@ def lattice(
             share = by_blank + tl.where(u < WIDTH - 1, tl.gather(by_label, after, 0), 0.0)
 
 
+@triton.jit
+def posteriors(by_blank, by_label, b, t, u, frames, U, U1, N):
+    """Of the arcs out of cell (t, u): its blank and its label arc, 0 where it has none."""
+    place = (b * N + t + u) * U1 + u
+    inside = (t < frames) & (u <= U)
+    blank_share = tl.load(by_blank + place, mask=inside & ((t + 1 < frames) | (u == U)), other=0.0)
+    label_share = tl.load(by_label + place, mask=inside & (u < U), other=0.0)
+    return blank_share, label_share
+
+
 @triton.jit(do_not_specialize=["T", "U1", "blank", "N"])
 def gradient(
     logits,
     grad,
+    cells,
     labels,
     frame_lengths,
     label_lengths,
@@ -243,19 +279,19 @@ def gradient(
     N,
     threshold,
     COLUMNS: tl.constexpr,
+    TINY: tl.constexpr,
 ):
-    """One row a program; ``grad`` may be the logits themselves."""
+    """One row a program, as in `row_statistics`; ``grad`` may be the logits themselves. Below TINY it is 0."""
     row = tl.program_id(0).to(tl.int64)
-    u = row % U1
-    t = (row // U1) % T
-    b = row // U1 // T
-    frames = tl.load(frame_lengths + b)
+    if cells is None:
+        cell = row
+    else:
+        cell = tl.load(cells + row)
+    u = cell % U1
+    t = (cell // U1) % T
+    b = cell // U1 // T
     U = tl.load(label_lengths + b)
-    place = (b * N + t + u) * U1 + u
-    inside = (t < frames) & (u <= U)
-    blank_leads_on = inside & ((t + 1 < frames) | (u == U))
-    blank_share = tl.load(by_blank + place, mask=blank_leads_on, other=0.0)
-    label_share = tl.load(by_label + place, mask=inside & (u < U), other=0.0)
+    blank_share, label_share = posteriors(by_blank, by_label, b, t, u, tl.load(frame_lengths + b), U, U1, N)
     share = blank_share + label_share
     if share <= threshold:
         for start in range(0, V, COLUMNS):
@@ -263,7 +299,7 @@ def gradient(
             tl.store(grad + row * V + k, tl.zeros((COLUMNS,), grad.dtype.element_ty), mask=k < V)
     else:  # a NaN, too
         dtype: tl.constexpr = lse.dtype.element_ty
-        shift = tl.load(lse + row)
+        shift = tl.load(lse + cell)
         factor = tl.load(scale + b)
         label = tl.load(labels + b * (U1 - 1) + u, mask=u < U, other=-1)
         for start in range(0, V, COLUMNS):
@@ -271,4 +307,6 @@ def gradient(
             part = tl.load(logits + row * V + k, mask=k < V, other=-INF).to(dtype)
             part = tl.exp(part - shift) * share
             part -= tl.where(k == blank, blank_share, 0.0) + tl.where(k == label, label_share, 0.0)
-            tl.store(grad + row * V + k, (part * factor).to(grad.dtype.element_ty), mask=k < V)
+            part *= factor
+            part = tl.where(tl.abs(part) < TINY, 0.0, part)
+            tl.store(grad + row * V + k, part.to(grad.dtype.element_ty), mask=k < V)

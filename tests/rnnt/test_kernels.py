@@ -15,18 +15,24 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from espnet_mega_plugin.rnnt import kernels, loss, rnnt_loss
+from espnet_mega_plugin.rnnt import fused_kernels, fused_rnnt_loss, kernels, loss, rnnt_loss
 
 HERE = Path(__file__).parent
 PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
-INTEGERS = dict.fromkeys(("labels", "frame_lengths", "label_lengths"), "*i64")
-SIZES = dict.fromkeys(("T", "U1", "V", "blank", "N"), "i32")
+INTEGERS = dict.fromkeys(("labels", "frame_lengths", "label_lengths", "cells", "place"), "*i64")
+SIZES = dict.fromkeys(("T", "U1", "V", "J", "blank", "N", "R"), "i32")
+FULL = {"cells": None, "COLUMNS": 1024}  # a row for each cell
+TILE = {"COLUMNS": 1024}
+TANH = {"FORMULA": "tanh", "A": 0.0, "B": 0.0}
+SMISH = {"FORMULA": "smish", "A": 1.2, "B": 0.7}  # the longest
+HIDDEN, SUMS = {"ROWS": 8, "CHANNELS": 256}, {"OVER_FRAMES": True, "ITEMS": 16, "CHANNELS": 128}
 
 
-def test_laws_in_the_interpreter():
-    """`kernel_laws.py`, in a process of its own: the interpreter is chosen when Triton is imported."""
+@pytest.mark.parametrize("laws", ["kernel_laws.py", "fused_kernel_laws.py"])
+def test_laws_in_the_interpreter(laws):
+    """In a process of their own: the interpreter is chosen when Triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "kernel_laws.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / laws)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1], check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -36,6 +42,9 @@ def test_other_devices_are_refused():
     lengths = torch.tensor([2]), torch.tensor([0])
     with pytest.raises(ValueError, match="method 'triton' needs logits on a CUDA device; got cpu"):
         rnnt_loss(acts, torch.zeros(1, 0, dtype=torch.int64), *lengths, method="triton")
+    joint = acts[:, :, 0], acts[:, :1, 0], torch.zeros(4, 3), None
+    with pytest.raises(ValueError, match="method 'triton' needs enc on a CUDA device; got cpu"):
+        fused_rnnt_loss(*joint, torch.zeros(1, 0, dtype=torch.int64), *lengths, method="triton")
 
 
 def test_auto_is_triton_on_cuda_where_it_runs(monkeypatch):
@@ -54,19 +63,29 @@ def cases():
     """Kernel, types of the pointers that have the logits' and the planes' types, constants, warps."""
     for logits, plane in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
         for name in ("row_statistics", "gradient"):
-            yield pytest.param(name, logits, plane, {"COLUMNS": 1024}, 4, id=f"{name}-{logits}")
+            for rows, constants in (("full", FULL), ("tile", TILE)):
+                if rows == "full" or logits in ("fp32", "bf16"):
+                    yield pytest.param(name, logits, plane, constants, 4, id=f"{name}-{rows}-{logits}")
+    for logits, plane, constants in (("fp32", "fp32", SMISH), ("bf16", "fp32", TANH), ("fp64", "fp64", TANH)):
+        yield pytest.param("hidden", logits, plane, {**constants, **HIDDEN}, 4, id=f"hidden-{logits}")
+        items = {"ITEMS": fused_kernels.items(8 if plane == "fp64" else 4)}
+        yield pytest.param("sums", logits, plane, {**constants, **SUMS, **items}, 4, id=f"sums-{logits}")
+    yield pytest.param("exceeding", "fp32", "fp32", {"ROWS": 256}, 4, id="exceeding-fp32")
     for plane, width in (("fp32", 64), ("fp32", 256), ("fp32", 2048), ("fp64", 128)):
         constants = {"WIDTH": width, "WANTED": True}
         yield pytest.param("lattice", plane, plane, constants, kernels._warps(width), id=f"lattice-{plane}-{width}")
 
 
 def compiled(name: str, logits: str, plane: str, constants: dict, warps: int, architecture: int):
-    kernel = getattr(kernels, name)
+    kernel = getattr(kernels, name, None) or getattr(fused_kernels, name)
+    if name == "gradient":
+        constants = {**constants, "TINY": 1.1754943508222875e-38}
     types = {
         **INTEGERS,
         **SIZES,
-        **dict.fromkeys(("logits", "grad"), f"*{logits}"),
+        **dict.fromkeys(("logits", "grad", "enc", "dec", "out", "to_hidden"), f"*{logits}"),
         "threshold": "fp32",
+        "found": "*i1",
         **dict.fromkeys(constants, "constexpr"),
     }
     signature = {argument: types.get(argument, f"*{plane}") for argument in kernel.arg_names}
@@ -90,14 +109,28 @@ def test_compiles_without_spills(tmp_path, monkeypatch, name, logits, plane, con
     assert int(re.search(r"Used (\d+) registers", said)[1]) <= 128
 
 
-@pytest.mark.parametrize("name", ["row_statistics", "lattice", "gradient"])
-def test_offsets_have_64_bits(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, constants",
+    [
+        ("row_statistics", FULL),
+        ("row_statistics", TILE),
+        ("lattice", {"WIDTH": 64, "WANTED": True}),
+        ("gradient", FULL),
+        ("gradient", TILE),
+        ("hidden", {**TANH, **HIDDEN}),
+        ("sums", {**TANH, **SUMS}),
+        ("sums", {**TANH, **SUMS, "OVER_FRAMES": False}),
+        ("exceeding", {"ROWS": 256}),
+    ],
+)
+def test_offsets_have_64_bits(tmp_path, monkeypatch, name, constants):
     """Where a row or an utterance begins is computed in 64 bits; 32 are for columns within it."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    constants = {"WIDTH": 64, "WANTED": True} if name == "lattice" else {"COLUMNS": 1024}
     text = str(compiled(name, "fp32", "fp32", constants, 4, 90).asm["ttir"])
-    whole = "|".join(getattr(kernels, name).arg_names)  # pointers to whole tensors
-    offsets = re.findall(rf"tt\.addptr %(?:{whole})(?:_splat)?, %\w+ : [^,]*, (\S*)", text)
+    kernel = getattr(kernels, name, None) or getattr(fused_kernels, name)
+    whole = [rf"%{name}" for name in kernel.arg_names]  # pointers to whole tensors, and these for several rows
+    whole += re.findall(rf"(%\w+) = tt\.splat (?:{'|'.join(whole)}) ", text)
+    offsets = re.findall(rf"tt\.addptr (?:{'|'.join(whole)}), %\w+ : [^,]*, (\S*)", text)
     assert offsets and all("i64" in offset for offset in offsets), text
 
 
