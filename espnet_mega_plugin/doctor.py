@@ -46,11 +46,19 @@ NEEDS = (
     ("tqdm", "tqdm", "the recipes show no progress"),
     ("espeakng_loader", "espeakng-loader", "the recipe spoken_numbers cannot make its corpus"),
 )
+# What ESPnet3's recipes import, which comes with the plugin's extra `espnet3` and not with ESPnet
+ESPNET3_NEEDS = {
+    "lightning": "lightning",
+    "dask": "dask",
+    "distributed": "distributed",
+    "dask_jobqueue": "dask-jobqueue",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    level: str  # "error": something needed is missing; "warning": it works, with a reservation
+    # "error": something needed is missing; "warning": it works, with a reservation; "note": a part that not all need
+    level: str
     what: str
     mend: str  # the command that mends it
 
@@ -75,11 +83,15 @@ class Report:
     def warning(self, what: str, mend: str) -> None:
         self.findings.append(Finding("warning", what, mend))
 
+    def note(self, what: str, mend: str) -> None:
+        self.findings.append(Finding("note", what, mend))
+
 
 def examine() -> Report:
     """Looks at this environment; takes as long as ESPnet's import, some ten seconds."""
     report = Report()
     _look_at_packages(report)
+    _look_at_espnet3(report)
     if _attempt("torch") is None and version_of("espnet") is not None:
         _look_at_decoder(report)
         _look_at_loss(report)
@@ -116,6 +128,18 @@ def _look_at_packages(report: Report) -> None:
         error = _attempt(module)
         if error is not None:
             report.error(f"{package} cannot be imported ({_say(error)}): {loses}.", f"pip install {package}")
+
+
+def _look_at_espnet3(report: Report) -> None:
+    """Whether its packages are there; they are not imported, because most people do without and it takes seconds."""
+    if importlib.util.find_spec("espnet3") is None:
+        return  # it comes with 202611
+    for package in ESPNET3_NEEDS.values():
+        report.versions[package] = version_of(package)
+    missing = [package for module, package in ESPNET3_NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        what = f"ESPnet3's recipes cannot run without {', '.join(missing)}; ESPnet2's do."
+        report.note(what, 'pip install "espnet-mega-plugin[espnet3]"')
 
 
 def _look_at_decoder(report: Report) -> None:

@@ -1,7 +1,9 @@
 """The doctor tells what this installation would train and decode with; its exit status tells whether that is enough."""
 
+import importlib.util
 import json
 import platform
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -56,6 +58,34 @@ def test_reservations_are_warnings_and_leave_the_status_at_0(monkeypatch, capsys
     page = capsys.readouterr().out
     assert "warning: ESPnet 202504 is none of the versions that the plugin is tested with (202511 and 202611)." in page
     assert "warning: ESPNET_MEGA_PLUGIN=0 turns the plugin off.\n    mend: unset ESPNET_MEGA_PLUGIN\n" in page
+
+
+def test_packages_of_espnet3_are_a_note(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lightning", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    missing = [name for name in ("lightning", "dask", "distributed", "dask-jobqueue") if not found(name)]
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    notes = [(finding["what"], finding["mend"]) for finding in report["findings"] if finding["level"] == "note"]
+    if not found("espnet3"):
+        assert notes == [] and "dask" not in report["versions"]
+        return
+    assert report["ok"] and {"lightning", "dask", "distributed", "dask-jobqueue"} <= report["versions"].keys()
+    ((what, mend),) = notes
+    assert what == f"ESPnet3's recipes cannot run without {', '.join(missing)}; ESPnet2's do."
+    assert mend == 'pip install "espnet-mega-plugin[espnet3]"'
+
+
+def test_with_its_packages_espnet3_is_worth_no_note(capsys):
+    if not all(map(found, ("espnet3", "lightning", "dask", "distributed", "dask-jobqueue"))):
+        pytest.skip("ESPnet3 and its packages are not installed: pip install '.[espnet3]'")
+    assert doctor.main([]) == 0
+    page = capsys.readouterr().out
+    assert "\nnote: " not in page and f"\n  dask-jobqueue       {version('dask-jobqueue')}\n" in page
+
+
+def found(package: str) -> bool:
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
 def test_an_unknown_choice_of_the_loss_is_an_error_of_a_whole_report(tmp_path):

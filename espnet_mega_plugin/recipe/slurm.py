@@ -11,7 +11,7 @@ that of Kaldi's slurm.pl, and so is the file of settings (--config; default conf
     option gpu=0 -p cpu                       an exact value goes before *
     default gpu=0                             where the option is not given
 
-Of several --num_threads the largest counts: ESPnet's launcher adds its own, a CPU a GPU, behind that of --train_threads.
+Of several --num_threads the largest counts: ESPnet's launcher adds its own, a CPU a GPU, to that of --train_threads.
 """
 
 import re

@@ -10,7 +10,19 @@ import soundfile
 import torch
 import yaml
 from served import served
-from small_form import TINY, copied, run, stages_done
+from small_form import (
+    BATCHED,
+    PLAIN,
+    TINY,
+    copied,
+    decoded,
+    interrupted,
+    run,
+    run_together,
+    same_words,
+    scored,
+    stages_done,
+)
 from test_mini_an4 import sphere
 from tones import REPOSITORY, spoken
 
@@ -182,16 +194,31 @@ def test_sites():
 
 @pytest.mark.slow
 def test_the_recipe_in_its_small_form(tmp_path, site):
-    """Download to training; the model is tiny and sees two batches."""
+    """Download to pack, with a tiny model: stopped by Ctrl-C in its training, and then as if it had not been."""
     folder = copied("an4", tmp_path)
-    output = run(
-        folder, *shlex.split(TINY), "--stop_stage", "11",
-        "--local_data_opts", f"--site {site.url} --dev 2",
-    )  # fmt: skip
-    assert stages_done(output) == [1, 2, 3, 4, 5, 10, 11]
+    small = [*shlex.split(TINY), "--asr_args", "--max_epoch 2 --num_iters_per_epoch 20", "--asr_exp", "exp/small"]
+    log = interrupted(folder, "exp/small", *small, "--local_data_opts", f"--site {site.url} --dev 2")
     assert set(read_data_dir(folder / "dump/raw/train_dev").text) == set(EXPECTED["train_dev"])
     assert len(read_data_dir(folder / "dump/raw/train_nodev_sp")) == 3 * 4
-    assert len(list((folder / "exp").glob("asr_mini_an4_tiny_raw_en_bpe14*_sp/valid.loss.ave.pth"))) == 1
+    exp = folder / "exp" / "small"
+    assert not (exp / "2epoch.pth").exists() and "2epoch results" not in log
+
+    training = ["--stage", "11", "--stop_stage", "11"]
+    output, _ = run_together((folder, [*small, *training]), (folder, [*small, *training, "--asr_exp", "exp/straight"]))
+    assert stages_done(output) == [11] and "epoch   2/2 " in output and "epoch   1/2 " not in output
+    for name in ("1epoch.pth", "2epoch.pth", "valid.loss.ave.pth"):
+        once, twice = (torch.load(folder / "exp" / kind / name, weights_only=True) for kind in ("straight", "small"))
+        torch.testing.assert_close(twice, once, rtol=0, atol=0)
+
+    decoding = ["--stage", "12", "--stop_stage", "12"]
+    run_together((folder, [*small, *decoding]), (folder, [*small, *decoding, "--batched", "true"]))
+    run(folder, *small, "--stage", "13", "--stop_stage", "13", "--batched", "true")
+    output = run(folder, *small, "--stage", "13", "--skip_packing", "false")
+    assert stages_done(output) == [13, 14] and (exp / "small_valid.loss.ave.zip").exists()
+    for test_set, (utterances, words) in {"train_dev": (2, 3), "test": (2, 4)}.items():
+        plain, batched = (decoded(folder, exp, tag, test_set) for tag in (PLAIN, BATCHED))
+        same_words(batched, plain)
+        assert [scored(exp, tag, test_set) for tag in (PLAIN, BATCHED)] == [(utterances, words)] * 2
 
 
 def test_the_yamls_differ_in_the_decoder_alone_and_build_through_espnets_task():

@@ -11,7 +11,7 @@ import soundfile
 import torch
 import yaml
 from served import served
-from small_form import TINY, copied, run, stages_done
+from small_form import BATCHED, PLAIN, TINY, copied, decoded, run, run_together, same_words, scored, stages_done
 from tones import REPOSITORY, spoken
 
 from espnet_mega_plugin.recipe.kaldi_dir import read_data_dir, read_table, validate
@@ -228,16 +228,28 @@ def test_mirrors():
 # The recipe
 
 
+def small_streaming() -> dict:
+    """The streaming YAML of E-Branchformer and MEGA, its layers made few and narrow, for a handful of utterances."""
+    path = REPOSITORY / "conf" / "librispeech_100" / "train_ebranchformer_mega_streaming.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["decoder_conf"] |= {"block_size": 16, "linear_size": 32, "qk_size": 8, "v_size": 16, "num_blocks": 1}
+    config["encoder_conf"]["input_conf"]["conv_size"] = 8
+    narrow = {"hidden_size": 16, "linear_size": 32, "heads": 2, "conv_mod_kernel_size": 7, "num_blocks": 2}
+    config["encoder_conf"]["body_conf"][0] |= narrow
+    config["joint_network_conf"]["joint_space_size"] = 16
+    few = {"batch_type": "unsorted", "batch_size": 2, "accum_grad": 1, "num_workers": 0, "keep_nbest_models": 1}
+    return config | few | {"use_tensorboard": False, "use_matplotlib": False}
+
+
 @pytest.mark.slow
 def test_the_recipe_in_its_small_form(tmp_path, site):
-    """Download, broken off once, to training; the model is tiny and sees two batches."""
+    """Download, broken off once, to the folder for a hub; decoded as a whole, in batches and as the audio comes in."""
     folder = copied("librispeech_100", tmp_path)
+    (folder / "conf" / "small.yaml").write_text(yaml.safe_dump(small_streaming()))
+    small = [*shlex.split(TINY), "--asr_config", "conf/small.yaml"]
     site.break_after = [5000]
     sums = site.folder / "md5sum.txt"
-    output = run(
-        folder, *shlex.split(TINY), "--stop_stage", "11",
-        "--local_data_opts", f"--mirror {site.url} --checksums {sums}",
-    )  # fmt: skip
+    output = run(folder, *small, "--stop_stage", "11", "--local_data_opts", f"--mirror {site.url} --checksums {sums}")
     assert stages_done(output) == [1, 2, 3, 4, 5, 10, 11]
     assert ("/train-clean-100.tar.gz", "bytes=5000-") in site.requests
     train = read_data_dir(folder / "dump/raw/train_clean_100_sp")
@@ -246,10 +258,30 @@ def test_the_recipe_in_its_small_form(tmp_path, site):
         before = soundfile.read(next((folder / "downloads").rglob(f"{utterance}.flac")), dtype="int16")[0]
         assert (soundfile.read(folder / train.wav[utterance], dtype="int16")[0] == before).all()
     assert set(read_data_dir(folder / "dump/raw/dev").text) == {"84-121123-0000", "84-121123-0001", "116-288045-0000"}
-    exp = next((folder / "exp").glob("asr_mini_an4_tiny_raw_en_bpe14*_sp"))
-    assert (exp / "valid.loss.ave.pth").exists()
+    (exp,) = (folder / "exp").glob("asr_small_raw_en_bpe14*_sp")
     config = yaml.safe_load((exp / "config.yaml").read_text())
     assert config["decoder"] == "mega" and len(config["token_list"]) == 14
+
+    ways = {
+        PLAIN: [],
+        BATCHED: ["--batched", "true"],
+        "online": [
+            "--inference_config", "conf/librispeech_100/decode_streaming.yaml", "--use_streaming", "true",
+            "--inference_tag", "online", "--inference_args", "--decoding_window 320",
+        ],
+    }  # fmt: skip
+    run_together(*((folder, [*small, *way, "--stage", "12", "--stop_stage", "12"]) for way in ways.values()))
+    for tag in (BATCHED, "online"):
+        run(folder, *small, *ways[tag], "--stage", "13", "--stop_stage", "13")
+    last = ["--skip_packing", "false", "--skip_upload_hf", "false", "--hf_repo", "a/small", "--upload_dry_run", "true"]
+    assert stages_done(run(folder, *small, "--stage", "13", *last)) == [13, 14, 15]
+    assert (folder / "exp/hf_a_small/exp" / exp.name / "config.yaml").exists()
+    for test_set, (utterances, words) in {"test_clean": (2, 3), "test_other": (1, 3), "dev_clean": (2, 5)}.items():
+        same_words(decoded(folder, exp, BATCHED, test_set), decoded(folder, exp, PLAIN, test_set))
+        decoded(folder, exp, "online", test_set)
+        assert {scored(exp, tag, test_set) for tag in ways} == {(utterances, words)}
+    log = (exp / "online/test_clean/logdir/asr_inference.1.log").read_text()
+    assert "--streaming true" in log and "--decoding_window 320" in log
 
 
 # The YAMLs

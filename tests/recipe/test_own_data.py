@@ -1,5 +1,6 @@
 """One's own data: wav.scp and text are enough, what is given stays as it is, a fault has its file and line."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from small_form import run, stages_done
+import yaml
+from espnet2.main_funcs.pack_funcs import unpack
+from small_form import PLAIN, TINY, decoded, run, run_together, same_words, scored, stages_done
 from tones import REPOSITORY, spoken
 
 from espnet_mega_plugin.recipe.audio import recordings
@@ -131,3 +134,29 @@ def test_a_fault_stops_the_recipe_at_its_first_stage(mine):
     output = run(mine, "--stop_stage", "3", status=1)
     assert "error: data/valid/text, line 2: no words; write them, or remove 'valid1' everywhere\n" in output
     assert not (mine / "dump").exists()
+
+
+@pytest.mark.slow
+def test_a_pack_decodes_the_same_words_in_another_recipe(mine, tmp_path):
+    """From two tables to a pack; it is decoded, in batches, where nothing is but the pack and the test set."""
+    small = [*shlex.split(TINY), "--asr_exp", "exp/small"]
+    assert stages_done(run(mine, *small, "--stop_stage", "11")) == [1, 3, 4, 5, 10, 11]
+    packing = ["--skip_packing", "false", "--stage", "14", "--stop_stage", "14"]
+    assert stages_done(run(mine, *small, *packing)) == [14]
+
+    theirs = mine.parents[1] / "theirs" / "asr1"
+    shutil.copytree(mine, theirs, symlinks=True, ignore=shutil.ignore_patterns("data", "dump", "exp"))
+    shutil.copytree(mine / "dump/raw/test", theirs / "dump/raw/test")
+    scp = theirs / "dump/raw/test/wav.scp"
+    assert str(mine) not in scp.read_text()  # paths from the recipe's folder
+    files = unpack(mine / "exp/small/small_valid.loss.ave.zip", theirs / "downloads")
+    exp = Path(files["asr_train_config"]).parent
+    config = (exp / "config.yaml").read_text()
+    assert "requires" in yaml.safe_load(config) and str(mine) not in config
+
+    decoding = ["--stage", "12", "--stop_stage", "12"]
+    there = [*small, *decoding, "--asr_exp", str(exp), "--inference_asr_model", Path(files["asr_model_file"]).name]
+    run_together((mine, [*small, *decoding]), (theirs, [*there, "--inference_tag", "theirs", "--batched", "true"]))
+    same_words(decoded(theirs, exp, "theirs", "test"), decoded(mine, mine / "exp/small", PLAIN, "test"))
+    run(mine, *small, "--stage", "13", "--stop_stage", "13")
+    assert scored(mine / "exp/small", PLAIN, "test") == (1, 2)
