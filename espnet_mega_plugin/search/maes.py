@@ -7,14 +7,17 @@ best; after the last time blank is forced. Equal label sequences are summed, and
 
 Three things make it fast and change nothing but rounding:
 
-1. *Window.* Frames at which every hypothesis has blank alone within gamma only add blank's log-probability. The next W
-   frames are looked at together, and all such frames up to the first other one are done at once.
+1. *Window.* A frame at which no label matters only adds blank's log-probability. The next W frames are looked at
+   together, and all such frames up to the first other one are done at once. No label matters where blank is the most
+   probable token of every hypothesis and no label is within gamma of it, or where the bound below rules them all out.
 2. *Each prefix once.* Prefixes are nodes of a tree; one that is there is not scored again.
 3. *Bound.* Of the sequences that have ended the frame, let the beam-th best have log-probability s, and m = s -
    log(nstep + 1). A label below m cannot lead to anything that enters the beam: all paths through it end below m,
-   there are at most nstep + 1 of them for one sequence, and s only rises. It may only not be dropped if it could add
-   to a sequence that does enter: one that it is a prefix of, or that is a prefix of it. Where many more labels than
-   `beam_size` are left, the most probable ones are scored first: those that can end the frame raise s for the others.
+   there are at most nstep + 1 of them for one sequence, and s only rises. Where no other candidate is a prefix of what
+   it leads to, nor the other way round, its paths are all there are, and s itself is the bound. It may only not be
+   dropped if it could add to a sequence that does enter: one that it is a prefix of, or that is a prefix of it. Where
+   many more labels than `beam_size` are left, the most probable ones are scored first: those that can end the frame
+   raise s for the others.
 
 B utterances, H hypotheses, C candidates, K tokens a hypothesis may take, W frames, V tokens.
 """
@@ -126,7 +129,13 @@ class Maes(Algorithm):
         log_probs = self.joint(pairs.flatten(0, 2) if self.tree.fixed_shapes else pairs[there])
         blank, label = log_probs[:, 0], log_probs[:, 1:].amax(-1)
         quiet = blank >= label if self.tokens == 1 else (label < blank - self.gamma)
-        loud, blank = self._unpacked(~quiet, there), self._unpacked(blank.double(), there)
+        loud, blank, label = (self._unpacked(rows, there) for rows in (~quiet, blank.double(), label.double()))
+        if self.tree.fixed_shapes:
+            row = torch.arange(len(log_probs), device=log_probs.device).view(there.shape)
+        else:
+            row = self._rows(there)
+        if self.tokens > 1:
+            loud &= ~self._ruled_out(blank, label, log_probs, row)[..., None]
 
         passed = (~loud.any(-1) & in_time).cumprod(1).bool()  # (B, W)
         blank = torch.where(passed[..., None], blank, 0.0).sum(1)
@@ -134,14 +143,52 @@ class Maes(Algorithm):
         number = passed.sum(1)
         frames.at += number
         busy = (number < self.window) & frames.left
-        if self.tree.fixed_shapes:
-            row = torch.arange(len(log_probs), device=log_probs.device).view(there.shape)
-        else:
-            row = self._rows(there)
         row = row.gather(1, number.clamp(max=self.window - 1)[:, None, None].expand(-1, 1, row.shape[2]))[:, 0]
         if not self.tree.fixed_shapes:
             row = row[hypotheses.there & busy[:, None]]
         return busy, log_probs[row.flatten()]
+
+    def _ruled_out(self, blank: Tensor, label: Tensor, log_probs: Tensor, row: Tensor) -> Tensor:
+        """Frames of a window at which the bound leaves no label, if the frames before it are passed by blank.
+
+        Args:
+            blank, label: log-probabilities of blank and of the most probable label. (B, W, H)
+            log_probs, row: of all tokens, and each hypothesis' row in it. (R, V), (B, W, H)
+
+        Returns:
+            (B, W) bool; where a hypothesis is not there, what is said of its utterance means nothing unless false
+        """
+        hypotheses = self.hypotheses
+        if hypotheses.there.shape[1] < self.beam_size:
+            return torch.zeros(blank.shape[:2], dtype=torch.bool, device=blank.device)
+        after = hypotheses.score[:, None] + blank.cumsum(1)
+        least = after.amin(-1) - self._margin
+        after_label = after - blank + label + self.predictions.largest
+        within, next_label = self._prefixes()
+        # a label that leads to another hypothesis adds to that one's score, however small it is; without such a label
+        # every candidate is the only one on its way
+        paths = log_probs[row[..., None], next_label[:, None]]  # (B, W, H, H)
+        adds = within[:, None] & (paths >= (torch.maximum(blank, label) - self.gamma)[..., None])
+        hopeless = (after_label < least[..., None]) & hypotheses.there[:, None]
+        return hopeless.all(-1) & ~adds.flatten(2).any(-1)
+
+    def _prefixes(self) -> tuple[Tensor, Tensor]:
+        """Which hypotheses another one goes on from, and by which label. [h, i]: h before i. (B, H, H) bool, int64"""
+        tree, node = self.tree, self.hypotheses.node
+        there = self.hypotheses.there
+        n = tree.used_nodes
+        lineage = tree.lineage[self._utterance, node, :n]  # (B, H, N)
+        within = lineage.gather(2, node[:, None].expand(-1, node.shape[1], -1)).transpose(1, 2)
+        within = within & (node[:, :, None] != node[:, None]) & there[:, :, None] & there[:, None]
+        if not tree.fixed_shapes and not bool(within.any()):
+            return within, torch.zeros_like(within, dtype=torch.long)
+        child = lineage[:, None] & (tree.parent[:, None, :n] == node[..., None])[:, :, None]  # (B, H, H, N)
+        return within, tree.label[:, :n].gather(1, child.to(torch.uint8).argmax(-1).flatten(1)).view_as(within)
+
+    @property
+    def _margin(self) -> float:
+        """Nats below the last hypothesis in the beam that a label alone on its way cannot make good."""
+        return ROUNDING + self.nstep * self.predictions.largest
 
     # --- a frame at which labels are taken
 
@@ -241,23 +288,24 @@ class Maes(Algorithm):
         final = best(merged(ended), self.beam_size)
         if final.there.shape[1] < self.beam_size:
             return taken
-        margin = math.log(self.nstep + 1) + ROUNDING + self.nstep * self.predictions.largest
-        least = final.score[:, -1] - margin
-        hopeless = taken.there & final.there[:, -1:] & (taken.score < least[:, None])
+        least_alone = final.score[:, -1:] - self._margin
+        least = least_alone - math.log(self.nstep + 1)
+        hopeless = taken.there & final.there[:, -1:] & (taken.score < least_alone)
         if not self.tree.fixed_shapes and not bool(hopeless.any()):
             return taken
-        hopeful = taken.there & ~hopeless
         b, is_known = self._utterance[..., None], known >= 0
-        of_ended = lineage[b, ended.node[:, None], known.clamp(min=0)[..., None]] & ended.there[:, None]
-        comparable = of_ended.any(-1) & is_known
-        # [c, d]: candidate d is a prefix of candidate c
-        above = lineage[b, taken.node[..., None], known.clamp(min=0)[:, None]] & is_known[:, None]
-        comparable |= ((above | above.transpose(1, 2)) & hopeful[:, None]).any(-1)
+        of_others = lineage[b, ended.node[:, None], known.clamp(min=0)[..., None]] & ended.there[:, None]
+        of_others = of_others.any(-1) & is_known
         if others is not None:
             above = lineage[b, taken.node[..., None], others.node[:, None]]
             below = lineage[b, others.node[:, None], known.clamp(min=0)[..., None]] & is_known[..., None]
-            comparable |= ((above | below) & others.there[:, None]).any(-1)
-        kept = hopeful | (taken.there & comparable)
+            of_others |= ((above | below) & others.there[:, None]).any(-1)
+        # [c, d]: candidate d is a prefix of candidate c; then either way
+        comparable = lineage[b, taken.node[..., None], known.clamp(min=0)[:, None]] & is_known[:, None]
+        comparable = (comparable | comparable.transpose(1, 2)) & taken.there[:, None]
+        hopeless &= ~comparable.any(-1) | (taken.score < least)
+        hopeful = taken.there & ~hopeless
+        kept = hopeful | (taken.there & (of_others | (comparable & hopeful[:, None]).any(-1)))
         taken = taken._replace(there=kept)
         index = None if self.tree.fixed_shapes else packed(kept)
         return taken if index is None else taken.picked(index)

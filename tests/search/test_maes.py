@@ -1,5 +1,6 @@
 """mAES: the plain one is ESPnet's, unpruned it is the brute-force sum, and the batched one is the plain one."""
 
+import contextlib
 import random
 
 import plain
@@ -85,6 +86,34 @@ def test_labels_scored_in_turns_lose_nothing():
         problem.found(options | {"nbest": 4}), problem.lengths, problem.log_probs, strict=True
     ):
         assert_same_nbest(nbest, plain.search(log_probs, T, options | {"nbest": 4}))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_the_bound_leaves_out_is_missed_by_nobody(fixed):
+    """Long utterances, mostly blank, gamma wide open: nearly all labels are ruled out, a few narrowly not."""
+    for _ in range(40 if fixed else 80):
+        V = random.randint(3, 5)
+        beam = random.randint(2, V - 1)
+        peak = random.choice((1.0, 2.0))
+        table = random_table(V, peak, random.choice((1.0, 2.0, 3.0)), random.randrange(2**31))
+        problem = tabled_problem([random.randint(8, 16), random.randint(1, 16)], V=V, table=table)
+        options = {"search_type": "maes", "beam_size": beam, "nstep": random.randint(1, 3), "nbest": beam}
+        options |= {"expansion_gamma": random.choice((3.0, 6.0, 10.0)), "expansion_beta": V - beam}
+        window = random.choice(WINDOWS)
+        with fixed_shapes() if fixed else contextlib.nullcontext():
+            lists = problem.found(options, window=window)
+        for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+            assert_same_nbest(nbest, plain.search(log_probs, T, options))
+
+
+def test_two_paths_that_would_fall_out_by_themselves_stay_in_together():
+    """The seed is one with which two candidates, one a prefix of the other, lie just below the beam and their sum in
+    it."""
+    problem = tabled_problem([13], V=3, table=random_table(3, peak=1.0, blank=2.0, seed=776429620))
+    options = {"search_type": "maes", "beam_size": 2, "nstep": 2, "nbest": 2}
+    options |= {"expansion_gamma": 10.0, "expansion_beta": 1}
+    (nbest,) = problem.found(options)
+    assert_same_nbest(nbest, plain.search(problem.log_probs[0], problem.lengths[0], options))
 
 
 @pytest.mark.parametrize("gamma", [2.3, 10.0])
