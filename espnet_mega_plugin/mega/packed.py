@@ -41,6 +41,9 @@ class PackedLayers:
                 except RuntimeError:  # a processor oneDNN has no layout for
                     return
 
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._packed
+
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What ``layer(x)`` gives, to rounding. (B, in) to (B, out)"""
         weight = self._packed.get(layer)

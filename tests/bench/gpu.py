@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -48,10 +49,15 @@ from espnet_mega_plugin.rnnt import (  # noqa: E402
     rnnt_loss_pruned,
     rnnt_loss_smoothed,
 )
+from espnet_mega_plugin.rnnt import fused as fused_loss  # noqa: E402
 from espnet_mega_plugin.search.search import BatchedSearch  # noqa: E402
 
 SHAPES = "an4,30 8,150,30,1000 8,250,60,1000 16,400,80,500 4,400,60,5000 32,500,100,2000"
 CHANNELS = 512
+# The fused loss's ways between its products, by the name of their rows; the device's own is called "fused".
+WAYS = {"fused": "wavefront", "fused_triton": "triton"}
+if DEVICE == "cuda" and find_spec("triton"):
+    WAYS = {"fused": "triton", "fused_wavefront": "wavefront"}
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # what rounding to the type does to a gradient, with some room
 LIMIT = {F64: 1e-9, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -92,20 +98,41 @@ def standard(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
     return worst(*found)
 
 
-def joint(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+JOINT = (3, 40, 10, 30, 16)  # B, T, U, V, J
+
+
+def joint(dtype: torch.dtype, sizes: tuple[int, ...] = JOINT) -> tuple[list[Tensor], list[Tensor]]:
     """Encoder and decoder outputs, weight and bias; labels and lengths."""
-    problem = random_problem(3, 40, 10, 30, seed=2, blank=0)
+    B, T, U, V, J = sizes
+    problem = random_problem(B, T, U, V, seed=2, blank=0)
     draw = torch.Generator().manual_seed(2)
-    shapes = ((3, 40, 16), (3, 11, 16), (30, 16), (30,))
-    return [torch.randn(shape, generator=draw, dtype=F64).to(dtype) for shape in shapes], list(problem[1:4])
+    shapes = ((B, T, J), (B, U + 1, J), (V, J), (V,))
+    enc, dec, weight, bias = (torch.randn(shape, generator=draw, dtype=F64) for shape in shapes)
+    weight *= (16 / J) ** 0.5  # logits of one spread, whatever J
+    return [x.to(dtype) for x in (enc, dec, weight, bias)], list(problem[1:4])
 
 
-def fused(dtype: torch.dtype, activation: Callable[[Tensor], Tensor], autocast: bool = False) -> float:
-    inputs, others = joint(dtype)
+def fused(
+    method: str,
+    dtype: torch.dtype,
+    activation: Callable[[Tensor], Tensor],
+    sizes: tuple[int, ...] = JOINT,
+    autocast: bool = False,
+    tile: int | None = None,
+) -> float:
+    """With ``tile`` as the bytes of one; infinite where a second backward gives other numbers."""
+    inputs, others = joint(dtype, sizes)
     given = [x.to(DEVICE).requires_grad_() for x in inputs]
-    with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
-        costs = fused_rnnt_loss(*given, *on(DEVICE, others), activation, reduction="none", fastemit_lambda=0.1)
-    found = [costs, *torch.autograd.grad(costs.sum(), given)]
+    limits = (tile, tile) if tile else fused_loss.DEVICE_TILE_BYTES
+    with unittest.mock.patch.object(fused_loss, "DEVICE_TILE_BYTES", limits):
+        with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
+            costs = fused_rnnt_loss(
+                *(*given, *on(DEVICE, others), activation), reduction="none", fastemit_lambda=0.1, method=method
+            )
+        gradients, again = (torch.autograd.grad(costs.sum(), given, retain_graph=True) for _ in range(2))
+    if method == "triton" and not all(map(torch.equal, gradients, again)):
+        return math.inf
+    found = [costs, *gradients]
     exact = [x.double().requires_grad_() for x in inputs]
     enc, dec, weight, bias = exact
     logits = torch.nn.functional.linear(activation(enc[:, :, None] + dec[:, None]), weight, bias)
@@ -158,11 +185,11 @@ def without_waiting(method: str) -> float:
     """0 where a step runs through while torch raises at whatever makes the host wait; meaningless on a CPU."""
     inputs, others = joint(F32)
     given, labels = [x.to(DEVICE).requires_grad_() for x in inputs], others[0].to(DEVICE)
-    lengths = others[1:] if method == "fused" else on(DEVICE, others[1:])
+    lengths = others[1:] if method in WAYS else on(DEVICE, others[1:])
 
     def step() -> None:
-        if method == "fused":
-            loss = fused_rnnt_loss(*given, labels, *lengths, threshold=0)
+        if method in WAYS:
+            loss = fused_rnnt_loss(*given, labels, *lengths, threshold=0, method=WAYS[method])
         else:
             enc, dec, weight, bias = given
             logits = torch.nn.functional.linear(torch.tanh(enc[:, :, None] + dec[:, None]), weight, bias)
@@ -289,11 +316,9 @@ def checks() -> list[Check]:
             )
         shape = (2, 20, 1500, 8) if big else (1, 2, 40, 3)
         found.append(Check(method, f"float32 {shape}", 1e-3, partial(standard, method, F32, shape)))
-    for dtype in (F64, F32, BF16):
-        for activation in (torch.tanh, torch.nn.SiLU()):
-            how = f"{_name(dtype)} {getattr(activation, '__name__', activation)}"
-            found.append(Check("fused", how, 3 * LIMIT[dtype], partial(fused, dtype, activation)))
-    found.append(Check("fused", "float32 under bfloat16 autocast", 0.1, partial(fused, F32, torch.tanh, True)))
+    for name, method in WAYS.items():
+        if method in methods:
+            found += fused_checks(name, method, JOINT if big or method == "wavefront" else (2, 6, 3, 20, 8))
     for rnnt_type in ("regular", "modified", "constrained"):
         for dtype in (F64, F32):
             found.append(
@@ -307,13 +332,41 @@ def checks() -> list[Check]:
         for kind in ("greedy", "maes", "tsd", "alsd"):
             found.append(Check("search", f"{_name(dtype)} {kind}", limit, partial(search, kind, dtype)))
     if big:
-        for method in (*methods, "fused"):
+        for method in (*methods, *WAYS):
             found.append(Check("host", f"{method} waits for no device", 0.0, partial(without_waiting, method)))
         for kind in ("greedy", "maes", "tsd"):
             found.append(Check("host", f"{kind} waits for no device", 0.0, partial(search_without_waiting, kind)))
     if big and torch.cuda.mem_get_info()[0] > 20e9:
         for method in methods:  # last: a wrong offset ends all that this process does on the device
             found.append(Check(method, "beyond 32 bits", 1e-2, partial(beyond_32_bits, method)))
+    return found
+
+
+def fused_checks(name: str, method: str, sizes: tuple[int, ...]) -> list[Check]:
+    """Activations with a formula and without, autocast; on a device several tiles, wide joint spaces, long labels."""
+    found = []
+
+    def add(how: str, limit: float, *given, **options) -> None:
+        found.append(Check(name, how, limit, partial(fused, method, *given, **options)))
+
+    for dtype in (F64, F32, BF16, F16):
+        for activation in (torch.tanh, torch.nn.SiLU(), torch.nn.GELU()):
+            how = f"{_name(dtype)} {getattr(activation, '__name__', activation)}"
+            add(how, 3 * LIMIT[dtype], dtype, activation, sizes)
+    add("float32 under bfloat16 autocast", 0.1, F32, torch.tanh, sizes, autocast=True)
+    if DEVICE == "cuda":
+        for activation in (
+            torch.nn.ReLU(),
+            torch.nn.LeakyReLU(),
+            torch.nn.SELU(),
+            torch.nn.Mish(),
+            torch.nn.Identity(),
+        ):
+            add(f"float64 {type(activation).__name__}", LIMIT[F64], F64, activation)
+        for dtype in (F64, F32):
+            add(f"{_name(dtype)} tiles of 256 cells", 3 * LIMIT[dtype], dtype, torch.tanh, tile=1)
+            add(f"{_name(dtype)} 2000 channels", 3 * LIMIT[dtype], dtype, torch.tanh, (3, 50, 9, 701, 2000), tile=1)
+        add("float32 1500 labels", 1e-3, F32, torch.tanh, (2, 20, 1500, 8, 24), tile=1)
     return found
 
 
@@ -343,13 +396,14 @@ def benchmark(failed: set[str], results: Path, deadline: float, shapes: list[str
     """Rows of every loss that is here and right; those begun before the deadline."""
     here = [name for name in (*bench_loss.LOSSES, *bench_loss.WITH_JOINT) if name not in failed]
     here = [name for name in here if name not in ("torchaudio", "triton") or find_spec(name)]
+    with_joint_only = [name for name in WAYS if name == "fused_wavefront" and name not in failed]
     bandwidth = harness.copy_bandwidth(DEVICE)
     print(f"\nThe device copies {bandwidth / 1e9:.0f} GB/s (read and written).", flush=True)
     rows, left_out = [], []
     for case in map(bench_loss.Case.parsed, shapes):
         for dtype in (F32, BF16):
             for with_joint in (False, True):
-                for name in here:
+                for name in here + with_joint_only * with_joint:
                     if not bench_loss.runs(name, case, with_joint, DEVICE):
                         continue
                     known = f"{name} {case.name} {_name(dtype)}{' with the joint network' if with_joint else ''}"
@@ -361,7 +415,7 @@ def benchmark(failed: set[str], results: Path, deadline: float, shapes: list[str
                         continue
                     options = dtype, DEVICE, 10, bandwidth
                     if with_joint:
-                        found = bench_loss.bench_joint(name, case, CHANNELS, *options)
+                        found = bench_joint(name, case, CHANNELS, *options)
                     else:
                         found = bench_loss.bench(name, case, *options)
                     harness.append(found, results)
@@ -370,6 +424,14 @@ def benchmark(failed: set[str], results: Path, deadline: float, shapes: list[str
     if left_out:
         print(f"\nOut of time, not run: {'; '.join(left_out)}")
     return rows
+
+
+def bench_joint(name: str, *given) -> list[dict]:
+    """bench_loss.py's, for the fused loss with PyTorch between its products, too."""
+    if name != "fused_wavefront":
+        return bench_loss.bench_joint(name, *given)
+    with unittest.mock.patch.object(bench_loss, "fused_rnnt_loss", partial(fused_rnnt_loss, method=WAYS[name])):
+        return [{**row, "method": name} for row in bench_loss.bench_joint("fused", *given)]
 
 
 def main() -> int:

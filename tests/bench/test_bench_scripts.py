@@ -4,6 +4,7 @@ import csv
 
 import bench_decode
 import bench_decoder
+import bench_packed
 import bench_search
 import pytest
 import torch
@@ -80,6 +81,14 @@ def test_quick_decode_benchmark(tmp_path, capsys):
     timed = [row for row in rows if row["what"] != "decode_state"]
     assert all("rtf" in row["part"] and "errors" in row["part"] for row in timed)
     assert [float(row["extra_memory_mb"]) > 0 for row in rows if row["what"] == "decode_state"] == [True, True]
+
+
+def test_quick_benchmark_of_packed_layers(tmp_path, capsys):
+    bench_packed.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    assert [row["part"] for row in rows] == ["plain", "packed"] * 2
+    assert [row["shape"].split()[0] for row in rows] == ["1", "1", "5", "5"]
+    assert capsys.readouterr().out.count("MB |") == 4
 
 
 def test_edit_distance():
