@@ -49,7 +49,11 @@ def run(folder: Path, *arguments: str, status: int = 0) -> str:
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
-    output = process.communicate()[0]
+    try:
+        output = process.communicate()[0]
+    except BaseException:  # the tests are stopped; a Ctrl-C does not reach a session of its own
+        os.killpg(process.pid, signal.SIGTERM)
+        raise
     print(output)
     assert process.returncode == status, output
     return output
