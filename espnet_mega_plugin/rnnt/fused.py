@@ -27,7 +27,7 @@ from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 # A tile's logits. On the CPU they go through the cache once more after the product.
 CPU_TILE_BYTES = 1 << 22
 # A GPU has to be filled: there a tile, hidden rows included, takes a 16th of the logits' bytes, within these limits.
-DEVICE_TILE_BYTES = 1 << 25, 1 << 28
+DEVICE_TILE_BYTES = 1 << 26, 1 << 28
 FEWEST_ROWS = 256  # below this the products get slower
 # Cells up to this posterior are not computed in backward. float32: they hold 3e-8 of all posteriors at most, and the
 # gradient's own rounding is ten times that.

@@ -109,13 +109,11 @@ class Costs(torch.autograd.Function):
             )
             return grad
 
-        sums = _Gradients(joint, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
-        sums.place = torch.full_like(lse, -1, dtype=torch.int64)
-        sums.place.view(-1).scatter_(0, cells, torch.arange(len(cells), device=cells.device))
+        totals = _Gradients(joint, cells, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
         with torch.cuda.device_of(enc), torch.autocast(enc.device.type, enabled=False):
             for start in range(0, len(cells), joint.rows_of_a_tile):
-                sums.add(cells[start : start + joint.rows_of_a_tile], to_logits)
-        return *sums.like(enc, dec, weight, bias), None, None, None, None, *sums.of_parameters
+                totals.add(cells[start : start + joint.rows_of_a_tile], to_logits)
+        return *totals.like(enc, dec, weight, bias), None, None, None, None, *totals.of_parameters
 
 
 class _Joint(fused.Joint):
@@ -152,7 +150,11 @@ class _Joint(fused.Joint):
 class _Gradients(fused.Gradients):
     """Sums over tiles, those over the cells of a row of enc or dec by `sums`."""
 
-    place: Tensor  # (B, T, U+1) of each cell among those that are computed, -1 for the others
+    def __init__(self, joint: _Joint, cells: Tensor, *wanted):
+        super().__init__(joint, *wanted)
+        # of each cell of (B, T, U+1): its place among those that are computed, -1 for the others
+        self.place = cells.new_full((len(joint.enc) * joint.U1,), -1)
+        self.place.scatter_(0, cells, torch.arange(len(cells), device=cells.device))
 
     def add_to_rows(self, cells: Tensor, to_hidden: Tensor) -> None:
         joint = self.joint

@@ -64,7 +64,7 @@ def cases():
     for logits, plane in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
         for name in ("row_statistics", "gradient"):
             for rows, constants in (("full", FULL), ("tile", TILE)):
-                if rows == "full" or logits in ("fp32", "bf16"):
+                if rows == "full" or logits == "bf16":
                     yield pytest.param(name, logits, plane, constants, 4, id=f"{name}-{rows}-{logits}")
     for logits, plane, constants in (("fp32", "fp32", SMISH), ("bf16", "fp32", TANH), ("fp64", "fp64", TANH)):
         yield pytest.param("hidden", logits, plane, {**constants, **HIDDEN}, 4, id=f"hidden-{logits}")
