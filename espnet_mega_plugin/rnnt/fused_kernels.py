@@ -309,7 +309,7 @@ def sums(
     else:
         b = row // T
         corner, stride, count = row * U1, 1, U1
-    # cells are in order: most rows have none in this tile and end here
+    # cells are in order: of this row's, only those from begin to end lie in the tile; most rows have none and end here
     first = tl.load(cells)
     last = tl.load(cells + (tl.cast(R, tl.int64) - 1))
     begin = tl.minimum(tl.maximum(first - corner, 0) // stride, count).to(tl.int32)
@@ -325,7 +325,7 @@ def sums(
         for item in range(begin, end, ITEMS):
             i = (item + tl.arange(0, ITEMS)).to(tl.int64)
             at = tl.load(place + corner + i * stride, mask=i < end, other=-1) - start
-            here = ((at >= 0) & (at < R))[:, None] & (k < J)[None, :]
+            here = (at >= 0)[:, None] & (k < J)[None, :]
             part = tl.load(to_hidden + (at * J)[:, None] + k[None, :], mask=here, other=0.0).to(dtype)
             if FORMULA != "identity":
                 if OVER_FRAMES:

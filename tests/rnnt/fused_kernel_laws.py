@@ -3,6 +3,8 @@
 The oracles are the loop over materialised logits in float64, with autograd, and the PyTorch way of the same loss.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_fused import EXACT, NAMES, Joint, got, random_joint, wanted
@@ -133,7 +135,8 @@ def test_activations_of_espnets_joint_network(name):
     for options in ({}, ESPNETS[name]) if name in ("ftswish", "smish", "swish") else (ESPNETS[name],):
         activation = espnets(name, options)
         assert formula(activation) is not None
-        assert_the_same(activation)
+        if type(activation).__module__ + "." == fused_kernels.ESPNET:  # torch's own are above
+            assert_the_same(activation)
 
 
 def test_activations_far_from_zero():
@@ -147,7 +150,7 @@ def test_activations_far_from_zero():
         leaf = x.clone().requires_grad_()
         exact = activation(leaf)
         (slope,) = torch.autograd.grad(exact.sum(), leaf)
-        options = fused.Options(activation, 0, 0.0, 0.0, torch.float64, True, 1)
+        options = SimpleNamespace(activation=activation, blank=0, dtype=torch.float64)  # of `fused.Options`
         joint = fused_kernels._Joint(x.view(1, 1, -1), none, torch.zeros(2, len(x)).double(), None, options)
         cell = torch.zeros(1, dtype=torch.int64)
         torch.testing.assert_close(joint.hidden(cell)[0], exact.detach(), **EXACT)
