@@ -8,8 +8,16 @@
     auto      the default: pruned where `use_k2_pruned_loss: true`, else fused, else (where the joint network is not
               ESPnet's, or something listens to it) standard
 
-fused and standard are the same number with the same gradients. Weights go from any choice to any other: `am_proj` and
-`lm_proj`, which only pruned and k2 have, are left out or begin anew. The decoding searches never meet any of this.
+fused and standard are the same number with the same gradients, of the alignments that `transducer_topology` says:
+
+    regular      the default: any number of labels a frame
+    constrained  one label a frame at most. An encoder that sees the whole utterance does not learn to let its labels
+                 come in bursts, which every search's cap on labels a frame would cut; searches are as ever
+    modified     a label takes its frame with it, without the blank after it: for searches that go on like this
+
+The pruned losses have ESPnet's key for it, `k2_pruned_loss_args: {loss_type: …}`. Weights go from any choice to any
+other: `am_proj` and `lm_proj`, which only pruned and k2 have, are left out or begin anew. The decoding searches never
+meet any of this.
 
 ESPnet's forward is not copied: for the fused loss the joint network answers the one call that forward makes with what
 its logits are made of, and the method that computes the loss recognises that.
@@ -38,6 +46,7 @@ from espnet_mega_plugin.rnnt.pruned import (
     rnnt_loss_pruned,
     rnnt_loss_smoothed,
 )
+from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 
 LOSSES = ("auto", "fused", "standard", "pruned", "k2")
 SEARCHES = ("maes", "greedy", "espnet")
@@ -67,18 +76,27 @@ class DeferringJointNetwork(JointNetwork):
 
 
 class MegaTransducerModel(ESPnetASRTransducerModel):
-    """ESPnet's model with its arguments and two more.
+    """ESPnet's model with its arguments and three more.
 
     Args:
         transducer_loss: one of `LOSSES`, see above.
         validation_search: one of `SEARCHES`, see above.
+        transducer_topology: one of `TOPOLOGIES`, see above.
 
     Raises:
         ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
-            network that is not ESPnet's; ``validation_search`` is none of those.
+            network that is not ESPnet's; ``validation_search`` or ``transducer_topology`` is none of those, or the
+            latter is given to a pruned loss.
     """
 
-    def __init__(self, *args, transducer_loss: str = "auto", validation_search: str = "maes", **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        transducer_loss: str = "auto",
+        validation_search: str = "maes",
+        transducer_topology: str = "regular",
+        **kwargs,
+    ) -> None:
         if validation_search not in SEARCHES:
             raise ValueError(
                 f"model_conf: validation_search must be one of {', '.join(map(repr, SEARCHES))}; "
@@ -86,9 +104,10 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             )
         given = inspect.signature(ESPnetASRTransducerModel).bind(*args, **kwargs).arguments
         choice = _resolved(transducer_loss, given.get("use_k2_pruned_loss", False))
+        _check_topology(transducer_topology, choice)
         super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
         self.transducer_loss, self.validation_search = transducer_loss, validation_search
-        self._choice = choice
+        self.transducer_topology, self._choice = transducer_topology, choice
         self._said = None
         if choice in ("auto", "fused") and type(self.joint_network) is JointNetwork:
             self.joint_network.__class__ = DeferringJointNetwork  # the same parameters, hooks and names
@@ -116,7 +135,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             return None  # the same figures; the batched search takes ESPnet's joint network apart
         from espnet_mega_plugin.espnet_search import BatchedErrorCalculator
 
-        if self.use_k2_pruned_loss and self.k2_loss_type == "modified":
+        if "modified" in (self.transducer_topology, self.use_k2_pruned_loss and self.k2_loss_type):
             self.validation_nstep = 1  # as in ESPnet: the loss knows one label a frame
         return BatchedErrorCalculator(
             self.decoder,
@@ -145,16 +164,18 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             self._say("fused", encoder_out.device, f"transducer_loss: {self.transducer_loss}; the logits are not built")
             joint = self.joint_network
             output = joint.lin_out.weight, joint.lin_out.bias
-            return fused_rnnt_loss(
-                *joint_out, *output, target, t_len, u_len, joint.joint_activation, fastemit_lambda=self.fastemit_lambda
-            )
+            options = {"fastemit_lambda": self.fastemit_lambda, "topology": self.transducer_topology}
+            return fused_rnnt_loss(*joint_out, *output, target, t_len, u_len, joint.joint_activation, **options)
         why = f"transducer_loss: {self.transducer_loss}"
         if self._choice != "standard":
             why = f"{why}, but {self._needs_logits()}"
-        if self.criterion_transducer is None and _standard_loss_is_ours():
-            self.criterion_transducer = RNNTLoss(reduction="mean", fastemit_lambda=self.fastemit_lambda)
+        topology = self.transducer_topology
+        if self.criterion_transducer is None and (_standard_loss_is_ours() or topology != "regular"):
+            self.criterion_transducer = RNNTLoss(
+                reduction="mean", fastemit_lambda=self.fastemit_lambda, topology=topology
+            )
         if isinstance(self.criterion_transducer, RNNTLoss):
-            self._say("standard", encoder_out.device, f"{why}; method {fastest(encoder_out.device)}")
+            self._say("standard", encoder_out.device, f"{why}; method {fastest(encoder_out.device, topology)}")
             with torch.autocast(encoder_out.device.type, enabled=False):  # any float type is read: no float32 copy
                 return self.criterion_transducer(joint_out, target, t_len, u_len)
         self._say("standard", encoder_out.device, f"{why}; the installed warprnnt_pytorch")
@@ -287,6 +308,18 @@ def _resolved(transducer_loss: str, use_k2_pruned_loss: bool) -> str:
     return "pruned" if transducer_loss == "auto" else transducer_loss
 
 
+def _check_topology(topology: str, choice: str) -> None:
+    if topology not in TOPOLOGIES:
+        raise ValueError(
+            f"model_conf: transducer_topology must be one of {', '.join(map(repr, TOPOLOGIES))}; got {topology!r}."
+        )
+    if topology != "regular" and choice in ("pruned", "k2"):
+        raise ValueError(
+            f"model_conf: transducer_topology: {topology} is for the losses over all alignments, fused and standard; "
+            f"for a pruned one write k2_pruned_loss_args: {{loss_type: {topology}}}."
+        )
+
+
 def _standard_loss_is_ours() -> bool:
     """Whether `import warprnnt_pytorch` gives the plugin's loss; where it gives none, ESPnet says so."""
     try:
@@ -299,7 +332,8 @@ def _signature() -> inspect.Signature:
     """ESPnet's arguments and ours: ESPnet's parser reads names and defaults of `model_conf` from it."""
     theirs = inspect.signature(ESPnetASRTransducerModel.__init__)
     ours = inspect.signature(MegaTransducerModel.__init__).parameters
-    return theirs.replace(parameters=[*theirs.parameters.values(), ours["transducer_loss"], ours["validation_search"]])
+    own = ("transducer_loss", "validation_search", "transducer_topology")
+    return theirs.replace(parameters=[*theirs.parameters.values(), *(ours[name] for name in own)])
 
 
 MegaTransducerModel.__init__.__signature__ = _signature()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import in_two_processes
 
 from espnet_mega_plugin import RNNTLoss
+from espnet_mega_plugin import model as model_module
 from espnet_mega_plugin.model import LOSSES, DeferringJointNetwork, MegaTransducerModel
 from espnet_mega_plugin.rnnt import pruned, rnnt_loss
 
@@ -98,6 +99,40 @@ def test_fused_is_standard(activation, seed):
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     for name in ("joint_network.lin_out.weight", "joint_network.lin_out.bias", "joint_network.lin_enc.weight", "joint_network.lin_dec.weight"):  # fmt: skip
         assert found[3][name].abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize("topology", ["modified", "constrained"])
+def test_topology_of_fused_and_standard(topology, seed):
+    """One number and one gradient, another one than the regular topology's, and that of the pruned loss's lattice."""
+    torch.manual_seed(seed)
+    data = batch(torch.float64)
+    data = (*data[:2], data[2][:, :2], data[3].clamp(max=2))  # the encoder leaves few frames
+    networks = twins("fused", "standard", "auto", transducer_topology=topology)
+    regular = twins("fused")[0]
+    regular.load_state_dict(networks[0].state_dict())
+    found, *others = (loss_and_gradients(network, data) for network in networks)
+    for other in others:
+        torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-9)
+    assert found[0].isfinite() and abs(found[0] - loss_and_gradients(regular, data)[0]) > 1e-3
+
+
+def test_a_loss_that_is_not_ours_knows_no_topology(monkeypatch, seed):
+    """The plugin's takes its place."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(model_module, "_standard_loss_is_ours", lambda: False)
+    networks = twins("fused", "standard", transducer_topology="constrained")
+    data = batch(torch.float64)
+    data = (*data[:2], data[2][:, :2], data[3].clamp(max=2))
+    found, wanted = (loss_and_gradients(network, data) for network in networks)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_topologies_that_are_refused():
+    with pytest.raises(ValueError, match="transducer_topology must be one of 'regular', .*; got 'free'"):
+        model(transducer_topology="free")
+    for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}):
+        with pytest.raises(ValueError, match=r"k2_pruned_loss_args: \{loss_type: modified\}"):
+            model(transducer_topology="modified", **conf)
 
 
 def test_auto_is_fused_in_float32_too(seed):
@@ -241,7 +276,7 @@ def test_the_task_builds_the_plugins_model():
 
 def test_the_parser_knows_the_key_beside_espnets():
     shown = ASRTransducerTask.get_parser().get_default("model_conf")
-    ours = {"transducer_loss": "auto", "validation_search": "maes"}
+    ours = {"transducer_loss": "auto", "validation_search": "maes", "transducer_topology": "regular"}
     assert shown == {**get_default_kwargs(ESPnetASRTransducerModel), **ours}
 
 

@@ -5,12 +5,14 @@ B utterances, T frames, U labels, V classes.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 
 REDUCTIONS = ("none", "mean", "sum")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -103,13 +105,23 @@ def _problem(
     return Problem(acts, labels.masked_fill(beyond | wrong, blank), frames, lengths, blank, invalid)
 
 
-def options(reduction: str, fastemit_lambda: float, threshold: float | None = None) -> None:
-    """Refuse an unknown reduction, a lambda that is not finite or below 0, a threshold outside [0, 1)."""
+def options(reduction: str, fastemit_lambda: float, threshold: float | None = None, topology: str = "regular") -> None:
+    """Refuse an unknown reduction or topology, a lambda not finite or below 0, a threshold outside [0, 1)."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}.")
     _number("fastemit_lambda", fastemit_lambda, "a finite number from 0 up", math.inf)
     if threshold is not None:
         _number("threshold", threshold, "None or a number from 0 to below 1", 1)
+    if topology not in TOPOLOGIES:
+        raise ValueError(f"topology must be one of {', '.join(map(repr, TOPOLOGIES))}; got {topology!r}.")
+
+
+def method(name: str, methods: Iterable[str], topology: str) -> None:
+    """Refuse an unknown method, or one that does not know the topology."""
+    if name != "auto" and name not in methods:
+        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(methods)))}; got {name!r}.")
+    if name == "triton" and topology != "regular":
+        raise ValueError(f"method 'triton' knows the regular topology alone; got topology {topology!r}. Take 'auto'.")
 
 
 def blank_alone(blank: int) -> None:

@@ -3,7 +3,7 @@
     logits[b, t, u] = activation(enc[b, t] + dec[b, u]) @ weight.T + bias
 
 Forward: for tiles of cells the logits are computed, reduced to three numbers a cell (log-sum-exp, blank, next label)
-and forgotten; the lattice (`lattice.py`) turns these into posteriors. Backward: logits are computed again, for those
+and forgotten; the lattice (`topologies.py`) turns these into posteriors. Backward: logits are computed again, for those
 cells alone whose posterior exceeds `threshold`. Where a share f of the cells does, that is 2 + 6 f products of
 (cells, J, V) against 6 with materialised logits: fewer as soon as f is under two thirds, as at random weights, and a
 third of them once the model knows where its labels are. On CUDA, kernels take over what lies between the products
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from espnet_mega_plugin.rnnt import arguments, wavefront
-from espnet_mega_plugin.rnnt.lattice import shares
 from espnet_mega_plugin.rnnt.loss import fastest
+from espnet_mega_plugin.rnnt.topologies import shares
 from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
 
 # A tile's logits. On the CPU they go through the cache once more after the product.
@@ -51,6 +51,7 @@ def fused_rnnt_loss(
     *,
     method: str = "auto",
     check: bool | None = None,
+    topology: str = "regular",
 ) -> Tensor:
     """`rnnt_loss` of the joint network's logits, in a fraction of their memory.
 
@@ -72,7 +73,7 @@ def fused_rnnt_loss(
         label_lengths: (B,) integers, 0 to U
         activation: any function or module that treats every element alike and always in the same way (no dropout);
             its parameters, if it has any, are trained, too.
-        blank, reduction, fastemit_lambda, check: as in `rnnt_loss`.
+        blank, reduction, fastemit_lambda, check, topology: as in `rnnt_loss`.
         threshold: cells whose posterior is at most this give no gradient and are not computed in backward. None: 1e-8,
             and 1e-18 for float64; 0 keeps all.
         method: what lies between the products: "wavefront" (plain PyTorch, any device), "triton" (kernels for CUDA
@@ -86,9 +87,8 @@ def fused_rnnt_loss(
             names it.
         ImportError: "triton" is asked for and Triton is not installed.
     """
-    arguments.options(reduction, fastemit_lambda, threshold)
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}; got {method!r}.")
+    arguments.options(reduction, fastemit_lambda, threshold, topology)
+    arguments.method(method, METHODS, topology)
     _shapes_and_types(enc, dec, weight, bias, activation)
     logits = arguments.unbuilt((*enc.shape[:2], dec.shape[1], len(weight)), enc)
     given = arguments.problem(logits, labels, frame_lengths, label_lengths, blank, check, NAMES)
@@ -103,10 +103,11 @@ def fused_rnnt_loss(
             fastemit_lambda,
             THRESHOLD[accumulator(dtype)] if threshold is None else threshold,
             dtype,
+            topology,
             wanted=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
             count=_count(frame_lengths, label_lengths, logits),
         )
-        compute = METHODS[fastest(enc.device) if method == "auto" else method]
+        compute = METHODS[fastest(enc.device, topology) if method == "auto" else method]
         costs = compute(enc, dec, weight, bias, *given[1:4], options, *parameters)
     else:
         costs = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs)
@@ -119,6 +120,7 @@ class Options(NamedTuple):
     fastemit_lambda: float
     threshold: float
     dtype: torch.dtype  # of the products
+    topology: str
     wanted: bool  # whether there will be a backward
     count: int | None  # of the cells within the lengths; None: to be asked of the tensors
 
@@ -151,7 +153,9 @@ class _Costs(torch.autograd.Function):
                 )
                 for plane, values in zip((lse, at_blank, at_label), found, strict=True):
                     plane.view(-1)[tile] = values
-        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, options.wanted)
+        log_prob, by_blank, by_label = shares(
+            at_blank, at_label, frame_lengths, label_lengths, options.topology, options.wanted
+        )
         if options.wanted:
             by_label.mul_(1 + options.fastemit_lambda)
             share = by_blank + by_label

@@ -16,12 +16,12 @@ from torch import Tensor
 from espnet_mega_plugin.rnnt import arguments, reference, wavefront
 
 
-def _reference(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda, *, inplace, threshold):
-    found = reference.costs(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda)
+def _reference(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda, *, inplace, threshold, topology):
+    found = reference.costs(logits, labels, frame_lengths, label_lengths, blank, fastemit_lambda, topology=topology)
     return found.to(wavefront.accumulator(logits.dtype))
 
 
-def _triton(*problem, **options):
+def _triton(*problem, topology, **options):
     from espnet_mega_plugin.rnnt.kernels import triton_rnnt_loss
 
     return triton_rnnt_loss(*problem, **options)
@@ -30,9 +30,9 @@ def _triton(*problem, **options):
 METHODS = {"reference": _reference, "wavefront": wavefront.costs, "triton": _triton}
 
 
-def fastest(device: torch.device) -> str:
+def fastest(device: torch.device, topology: str = "regular") -> str:
     """What the method "auto" stands for on this device."""
-    return "triton" if device.type == "cuda" and _triton_runs() else "wavefront"
+    return "triton" if device.type == "cuda" and topology == "regular" and _triton_runs() else "wavefront"
 
 
 @functools.cache
@@ -58,6 +58,7 @@ def rnnt_loss(
     inplace: bool = True,
     threshold: float | None = None,
     check: bool | None = None,
+    topology: str = "regular",
 ) -> Tensor:
     """-log P of the labels, summed over all alignments.
 
@@ -81,6 +82,9 @@ def rnnt_loss(
             float64, below the gradient's own rounding; 0 keeps all.
         check: whether the values of labels and lengths are checked. None: where this needs no synchronisation with
             the device, so always on the CPU. Unchecked, an utterance at fault has a NaN loss and gradient.
+        topology: "regular", the RNN transducer's; "constrained", of its alignments those with one label a frame at
+            most; "modified", where a label takes its frame with it and no blank follows (k2's names; `topologies.py`).
+            The method "triton" knows the regular one alone.
 
     Returns:
         float64 for float64 ``acts``, else float32. A NaN or +inf among an utterance's logits makes its cost NaN.
@@ -91,20 +95,15 @@ def rnnt_loss(
             names it.
         ImportError: "triton" is asked for and Triton is not installed.
     """
-    arguments.options(reduction, fastemit_lambda, threshold)
-    _known(method)
+    arguments.options(reduction, fastemit_lambda, threshold, topology)
+    arguments.method(method, METHODS, topology)
     given = arguments.problem(acts, labels, act_lens, label_lens, blank, check)
     if len(acts):
-        compute = METHODS[fastest(acts.device) if method == "auto" else method]
-        costs = compute(*given[:5], fastemit_lambda, inplace=inplace, threshold=threshold)
+        compute = METHODS[fastest(acts.device, topology) if method == "auto" else method]
+        costs = compute(*given[:5], fastemit_lambda, inplace=inplace, threshold=threshold, topology=topology)
     else:
         costs = acts.sum((1, 2, 3)).to(wavefront.accumulator(acts.dtype))
     return arguments.reduced(costs, given.invalid, reduction)
-
-
-def _known(method: str) -> None:
-    if method != "auto" and method not in METHODS:
-        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, sorted(METHODS)))}; got {method!r}.")
 
 
 class RNNTLoss(torch.nn.Module):
@@ -120,15 +119,22 @@ class RNNTLoss(torch.nn.Module):
         inplace: bool = True,
         threshold: float | None = None,
         check: bool | None = None,
+        topology: str = "regular",
     ):
         super().__init__()
-        arguments.options(reduction, fastemit_lambda, threshold)
+        arguments.options(reduction, fastemit_lambda, threshold, topology)
         arguments.blank_alone(blank)
-        _known(method)
+        arguments.method(method, METHODS, topology)
         self.blank = blank
         self.fastemit_lambda = fastemit_lambda
         self.reduction = reduction
-        self.options = {"method": method, "inplace": inplace, "threshold": threshold, "check": check}
+        self.options = {
+            "method": method,
+            "inplace": inplace,
+            "threshold": threshold,
+            "check": check,
+            "topology": topology,
+        }
 
     def forward(self, acts: Tensor, labels: Tensor, act_lens: Tensor, label_lens: Tensor) -> Tensor:
         return rnnt_loss(

@@ -4,9 +4,17 @@
     alpha(t, u) = log( exp(alpha(t-1, u) + blank(t-1, u)) + exp(alpha(t, u-1) + label(t, u-1)) )
     log P       = alpha(T-1, U) + blank(T-1, U)
 
+The other topologies, in which a label takes its frame with it (`topologies.py`):
+
+    alpha(t+1, u) = log( exp(alpha(t, u) + blank(t, u)) + exp(alpha(t, u-1) + label(t, u-1) [+ blank(t, u)]) )
+    with the term in brackets where the topology is constrained
+    log P         = alpha(T, U)
+
 blank(t, u) and label(t, u) are log-probabilities of the blank and of label u+1 in cell (t, u).
 B utterances, T frames, U labels, V classes. Source: Graves 2012 (arXiv:1211.3711), section 2.4.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +28,7 @@ def costs(
     blank: int = 0,
     fastemit_lambda: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    topology: str = "regular",
 ) -> Tensor:
     """-log P of each utterance, differentiable by autograd. (B,) in ``dtype``
 
@@ -30,17 +39,18 @@ def costs(
         label_lengths: (B,) integers from 0 to U.
         blank: class of the blank.
         fastemit_lambda: weighs the gradient through label arcs by 1 + lambda; the value stays -log P.
+        topology: "regular", "modified" or "constrained".
     """
     lengths = zip(frame_lengths.tolist(), label_lengths.tolist(), strict=True)
     return torch.stack(
         [
-            _cost(logits[b, :T, : U + 1].to(dtype), labels[b, :U].tolist(), blank, fastemit_lambda)
+            _cost(logits[b, :T, : U + 1].to(dtype), labels[b, :U].tolist(), blank, fastemit_lambda, topology)
             for b, (T, U) in enumerate(lengths)
         ]
     )
 
 
-def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float) -> Tensor:
+def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float, topology: str) -> Tensor:
     T, U1, _ = logits.shape
     scores = logits.log_softmax(-1)
 
@@ -50,6 +60,8 @@ def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float)
             return arc
         return arc + fastemit_lambda * (arc - arc.detach())  # nothing to the value, lambda times to the gradient
 
+    if topology != "regular":
+        return -_frame_by_frame(scores[..., blank], label_arc, topology == "constrained")
     alpha: dict[tuple[int, int], Tensor] = {}
     for t in range(T):
         for u in range(U1):
@@ -60,3 +72,19 @@ def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float)
                 arcs.append(alpha[t, u - 1] + label_arc(t, u - 1))
             alpha[t, u] = torch.stack(arcs).logsumexp(0) if arcs else scores.new_zeros(())
     return -(alpha[T - 1, U1 - 1] + scores[T - 1, U1 - 1, blank])
+
+
+def _frame_by_frame(blank: Tensor, label_arc: Callable[[int, int], Tensor], constrained: bool) -> Tensor:
+    """log P where every arc takes a frame. blank: (T, U+1)"""
+    T, U1 = blank.shape
+    alpha = [blank.new_zeros(()), *[blank.new_tensor(-torch.inf)] * (U1 - 1)]
+    for t in range(T):
+        after = []
+        for u in range(U1):
+            arcs = [alpha[u] + blank[t, u]]
+            if u > 0:
+                arcs.append(alpha[u - 1] + label_arc(t, u - 1) + (blank[t, u] if constrained else 0.0))
+            arcs = [arc for arc in arcs if arc != -torch.inf]  # of nothing but -inf the gradient would be NaN
+            after.append(torch.stack(arcs).logsumexp(0) if arcs else blank.new_tensor(-torch.inf))
+        alpha = after
+    return alpha[-1]

@@ -19,6 +19,23 @@ from espnet_mega_plugin.rnnt.lattice import Shares
 TOPOLOGIES = ("regular", "modified", "constrained")
 
 
+def shares(
+    blank: Tensor, label: Tensor, frame_lengths: Tensor, label_lengths: Tensor, topology: str, posteriors: bool
+) -> Shares:
+    """As `lattice.shares`, in any topology: log P, and the share of P that pays each cell's blank and next label.
+
+    In the constrained topology a label arc pays a blank, too: its posterior counts in both.
+    """
+    if topology == "regular":
+        return lattice.shares(blank, label, frame_lengths, label_lengths, posteriors)
+    if topology == "constrained":
+        label = _with_next_blank(blank, label)
+    found = _shares(blank, label, frame_lengths, label_lengths, posteriors)
+    if topology == "constrained" and posteriors:
+        found.blank[..., 1:] += found.label[..., :-1]
+    return found
+
+
 def log_prob(
     blank: Tensor, label: Tensor, frame_lengths: Tensor, label_lengths: Tensor, topology: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,8 +52,12 @@ def log_prob(
         topology: one of `TOPOLOGIES`.
     """
     if topology == "constrained":
-        label = torch.cat([label[..., :-1] + blank[..., 1:], label[..., -1:]], -1)
+        label = _with_next_blank(blank, label)
     return _LogProb.apply(blank, label, frame_lengths, label_lengths, topology == "regular")
+
+
+def _with_next_blank(blank: Tensor, label: Tensor) -> Tensor:
+    return torch.cat([label[..., :-1] + blank[..., 1:], label[..., -1:]], -1)
 
 
 class _LogProb(torch.autograd.Function):
@@ -81,7 +102,9 @@ def _shares(blank: Tensor, label: Tensor, frame_lengths: Tensor, label_lengths: 
 
     utterance = torch.arange(B, device=blank.device)
     total = scores[frame_lengths, utterance, label_lengths]
-    alpha = scores[:T, :B].transpose(0, 1)
+    if not posteriors:
+        return Shares(total, None, None)
+    alpha = scores[:T, :B].transpose(0, 1).contiguous()
     rest, place = (T_b - 1 - t).clamp(min=0), (U_b - u).clamp(min=0)
     beta = scores[rest, utterance[:, None, None] + B, place]  # of (t + 1, u)
     beta_next = scores[rest, utterance[:, None, None] + B, (U_b - 1 - u).clamp(min=0)]  # of (t + 1, u + 1)

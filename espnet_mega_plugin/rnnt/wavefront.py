@@ -1,6 +1,6 @@
 """The fast RNN-T loss in plain PyTorch: the logits are read once forward and, where it matters, once backward.
 
-Forward: log-sum-exp of every row in tiles that stay in the cache, then the lattice (`lattice.py`) on planes that are
+Forward: log-sum-exp of every row in tiles that stay in the cache, then the lattice (`topologies.py`) on planes that are
 V times smaller. Backward: with the posteriors of the two arcs out of a cell, its gradient is
 
     dL/dz_k = p_k w - 1[k = blank] blank_share - 1[k = label] (1 + lambda) label_share,
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espnet_mega_plugin.rnnt.lattice import shares
+from espnet_mega_plugin.rnnt.topologies import shares
 
 # On the CPU a tile is written and read several times over; each thread's share of it has to stay in a core's cache.
 CPU_TILE_BYTES = 1 << 20
@@ -44,17 +44,19 @@ def costs(
     *,
     inplace: bool = True,
     threshold: float | None = None,
+    topology: str = "regular",
 ) -> Tensor:
     """-log P of each utterance. (B,) float64 for float64 logits, else float32
 
     Args: as `reference.costs`, but labels beyond an utterance's length have to be classes, too.
         inplace: whether backward writes the gradient over the logits where `may_overwrite` allows it.
         threshold: posterior up to which the gradient of a cell is zero. None: as `THRESHOLD` has it.
+        topology: one of `topologies.TOPOLOGIES`.
     """
     if threshold is None:
         threshold = THRESHOLD[accumulator(logits.dtype)]
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    options = (blank, fastemit_lambda, inplace and wanted and may_overwrite(logits), threshold)
+    options = (blank, fastemit_lambda, inplace and wanted and may_overwrite(logits), threshold, topology)
     return _Costs.apply(logits, labels, frame_lengths, label_lengths, options, wanted)
 
 
@@ -89,7 +91,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 class _Costs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, frame_lengths, label_lengths, options, wanted):
-        blank, fastemit_lambda, inplace, threshold = options
+        blank, fastemit_lambda, inplace, threshold, topology = options
         dtype = accumulator(logits.dtype)
         at_blank = logits[..., blank].to(dtype)
         at_label = torch.full_like(at_blank, -torch.inf)
@@ -97,7 +99,7 @@ class _Costs(torch.autograd.Function):
         # On a trained model's path the blank or the next label has almost all of the probability.
         lse = row_logsumexp(logits, torch.maximum(at_blank, at_label), frame_lengths, label_lengths)
         at_blank, at_label = at_blank.double() - lse, at_label.double() - lse
-        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, wanted)
+        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, topology, wanted)
         if wanted:
             by_label.mul_(1 + fastemit_lambda)
             weight = by_blank + by_label
