@@ -2,13 +2,13 @@
 # The comparison of egs/README.md: prediction networks on the same encoder, data and number of epochs, three seeds each,
 # MEGA's options and the losses. Run it from the recipe's folder after stages 1 to 10:
 #   ./run.sh --stop_stage 10 && local/compare.sh
-# Options: --train_jobs N (2) trainings side by side, one CPU thread each; --only REGEX experiments whose name matches.
+# Options: --train_jobs N (2) trainings side by side, one CPU thread each; --only REGEX experiments of that name, such as 'mega_.*'.
 # What is there already is not trained or decoded again. The table: exp/compare/README.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 train_jobs=2
-only=.
+only='.*'
 while [ $# -gt 0 ]; do
     case "$1" in
         --train_jobs) train_jobs=${2:?--train_jobs needs a number}; shift 2 ;;
@@ -19,21 +19,23 @@ done
 
 # NAME|training YAML|options of ESPnet's training
 experiments() {
-    local seed decoder
+    local seed decoder loss="--model_conf transducer_loss" topology="--model_conf transducer_topology"
+    local pruned="${loss}=pruned ${topology}=regular --model_conf k2_pruned_loss_args.prune_range=5"
+    pruned+=" --model_conf k2_pruned_loss_args.loss_type=constrained"
+    pruned+=" --model_conf k2_pruned_loss_args.simple_loss_scaling=0.3"
     for seed in 0 1 2; do
         for decoder in mega rnn stateless; do
             echo "${decoder}_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed}"
+            echo "${decoder}_pruned_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed} ${pruned}"
         done
+        echo "mega_regular_seed${seed}|conf/train_mega.yaml|--seed ${seed} ${topology}=regular"
     done
-    local full="--model_conf use_k2_pruned_loss=false --model_conf"
-    for seed in 0 1 2; do
-        echo "mega_fused_seed${seed}|conf/train_mega.yaml|--seed ${seed} ${full} transducer_loss=fused"
-    done
-    echo "mega_standard_seed0|conf/train_mega.yaml|--seed 0 ${full} transducer_loss=standard"
-    echo "mega_simple_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf rel_pos_bias_type=simple"
-    echo "mega_chunk8_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf chunk_size=8"
-    echo "mega_1head_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf num_heads=1"
-    echo "mega_1block_seed0|conf/train_mega.yaml|--seed 0 --decoder_conf num_blocks=1"
+    echo "mega_standard_seed0|conf/train_mega.yaml|--seed 0 ${loss}=standard"
+    echo "mega_regular_standard_seed0|conf/train_mega.yaml|--seed 0 ${loss}=standard ${topology}=regular"
+    echo "mega_pruned_simple_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf rel_pos_bias_type=simple"
+    echo "mega_pruned_chunk8_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf chunk_size=8"
+    echo "mega_pruned_1head_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf num_heads=1"
+    echo "mega_pruned_1block_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf num_blocks=1"
 }
 
 # train FOLDER NAME|YAML|OPTIONS [MORE OPTIONS]
@@ -58,7 +60,7 @@ decode() {
 }
 
 mkdir -p exp/compare/alone
-chosen=$(experiments | grep -E -- "^[^|]*(${only})") || { echo "compare.sh: no experiment matches ${only}" >&2; exit 2; }
+chosen=$(experiments | grep -E -- "^(${only})[|]") || { echo "compare.sh: no experiment matches ${only}" >&2; exit 2; }
 
 export -f train
 xargs -d '\n' -P "${train_jobs}" -I{} bash -c 'train exp/compare "$1"' _ {} <<< "${chosen}"
