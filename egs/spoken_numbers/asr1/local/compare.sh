@@ -2,7 +2,8 @@
 # The comparison of egs/README.md: prediction networks on the same encoder, data and number of epochs, three seeds each,
 # MEGA's options and the losses. Run it from the recipe's folder after stages 1 to 10:
 #   ./run.sh --stop_stage 10 && local/compare.sh
-# Options: --train_jobs N (2) trainings side by side, one CPU thread each; --only REGEX experiments of that name, such as 'mega_.*'.
+# Options: --train_jobs N (2) trainings side by side, one CPU thread each; --only REGEX experiments of that name, such
+# as 'mega_.*'. An experiment is some 5 minutes of one core, the whole a bit more than an hour and a half on two.
 # What is there already is not trained or decoded again. The table: exp/compare/README.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
