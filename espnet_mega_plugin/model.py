@@ -161,7 +161,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             t_len, u_len: frames and labels of each utterance. (B,)
         """
         if isinstance(joint_out, Projected):
-            self._say("fused", encoder_out.device, f"transducer_loss: {self.transducer_loss}; the logits are not built")
+            why = f"transducer_loss: {self.transducer_loss}; the logits are not built"
+            self._say("fused", encoder_out.device, self._by_method(why, encoder_out.device))
             joint = self.joint_network
             output = joint.lin_out.weight, joint.lin_out.bias
             options = {"fastemit_lambda": self.fastemit_lambda, "topology": self.transducer_topology}
@@ -175,7 +176,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
                 reduction="mean", fastemit_lambda=self.fastemit_lambda, topology=topology
             )
         if isinstance(self.criterion_transducer, RNNTLoss):
-            self._say("standard", encoder_out.device, f"{why}; method {fastest(encoder_out.device, topology)}")
+            self._say("standard", encoder_out.device, self._by_method(why, encoder_out.device))
             with torch.autocast(encoder_out.device.type, enabled=False):  # any float type is read: no float32 copy
                 return self.criterion_transducer(joint_out, target, t_len, u_len)
         self._say("standard", encoder_out.device, f"{why}; the installed warprnnt_pytorch")
@@ -194,6 +195,11 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         if torch.nn.modules.module._has_any_global_hook():
             return "hooks listen to all modules"
         return None
+
+    def _by_method(self, why: str, device: torch.device) -> str:
+        topology = self.transducer_topology
+        over = "" if topology == "regular" else f"; topology {topology}"
+        return f"{why}; method {fastest(device, topology)}{over}"
 
     def _say(self, loss: str, device: torch.device, why: str) -> None:
         """An INFO line, once for each choice that is made."""

@@ -300,11 +300,15 @@ def test_contradictions_are_refused(choice):
         model(transducer_loss=choice, use_k2_pruned_loss=True)
 
 
+def choices_of(caplog) -> list[str]:
+    return [text for text in (record.getMessage() for record in caplog.records) if text.startswith("The transducer")]
+
+
 def test_the_choice_is_logged_once(caplog):
     caplog.set_level(logging.INFO)
     expected = {
-        "auto": "'fused' on cpu (transducer_loss: auto; the logits are not built)",
-        "fused": "'fused' on cpu (transducer_loss: fused; the logits are not built)",
+        "auto": "'fused' on cpu (transducer_loss: auto; the logits are not built; method wavefront)",
+        "fused": "'fused' on cpu (transducer_loss: fused; the logits are not built; method wavefront)",
         "standard": "'standard' on cpu (transducer_loss: standard; method wavefront)",
         "pruned": "'pruned' on cpu (transducer_loss: pruned)",
     }
@@ -313,8 +317,11 @@ def test_the_choice_is_logged_once(caplog):
         network = model(transducer_loss=choice)
         for _ in range(2):
             network(*batch())
-        said = [record.getMessage() for record in caplog.records if record.name == "espnet_mega_plugin"]
-        assert said == [f"The transducer loss is {line}."]
+        assert choices_of(caplog) == [f"The transducer loss is {line}."]
+    caplog.clear()
+    model(transducer_topology="modified")(*batch()[:2], torch.tensor([[1], [3], [4]]), torch.tensor([1, 1, 1]))
+    (said,) = choices_of(caplog)
+    assert said.endswith("method wavefront; topology modified).")
 
 
 def test_standard_is_what_warprnnt_pytorch_gives(monkeypatch, seed):
