@@ -18,25 +18,28 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-# NAME|training YAML|options of ESPnet's training
+# NAME|training YAML|options of ESPnet's training. The YAMLs have the pruned loss; full is the one over all alignments
 experiments() {
-    local seed decoder loss="--model_conf transducer_loss" topology="--model_conf transducer_topology"
-    local pruned="${loss}=pruned ${topology}=regular --model_conf k2_pruned_loss_args.prune_range=5"
-    pruned+=" --model_conf k2_pruned_loss_args.loss_type=constrained"
-    pruned+=" --model_conf k2_pruned_loss_args.simple_loss_scaling=0.3"
+    local seed decoder mega="conf/train_mega.yaml"
+    local full="--model_conf use_k2_pruned_loss=false --model_conf transducer_loss"
+    local constrained="--model_conf transducer_topology=constrained"
     for seed in 0 1 2; do
         for decoder in mega rnn stateless; do
             echo "${decoder}_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed}"
-            echo "${decoder}_pruned_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed} ${pruned}"
         done
-        echo "mega_regular_seed${seed}|conf/train_mega.yaml|--seed ${seed} ${topology}=regular"
+        echo "mega_regular_seed${seed}|${mega}|--seed ${seed} ${full}=fused"
+        echo "mega_constrained_seed${seed}|${mega}|--seed ${seed} ${full}=fused ${constrained}"
     done
-    echo "mega_standard_seed0|conf/train_mega.yaml|--seed 0 ${loss}=standard"
-    echo "mega_regular_standard_seed0|conf/train_mega.yaml|--seed 0 ${loss}=standard ${topology}=regular"
-    echo "mega_pruned_simple_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf rel_pos_bias_type=simple"
-    echo "mega_pruned_chunk8_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf chunk_size=8"
-    echo "mega_pruned_1head_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf num_heads=1"
-    echo "mega_pruned_1block_seed0|conf/train_mega.yaml|--seed 0 ${pruned} --decoder_conf num_blocks=1"
+    for decoder in rnn stateless; do
+        echo "${decoder}_constrained_seed0|conf/train_${decoder}.yaml|--seed 0 ${full}=fused ${constrained}"
+    done
+    echo "mega_regular_standard_seed0|${mega}|--seed 0 ${full}=standard"
+    echo "mega_constrained_standard_seed0|${mega}|--seed 0 ${full}=standard ${constrained}"
+    echo "mega_constrained_20epochs_seed0|${mega}|--seed 0 ${full}=fused ${constrained} --max_epoch 20"
+    echo "mega_simple_seed0|${mega}|--seed 0 --decoder_conf rel_pos_bias_type=simple"
+    echo "mega_chunk8_seed0|${mega}|--seed 0 --decoder_conf chunk_size=8"
+    echo "mega_1head_seed0|${mega}|--seed 0 --decoder_conf num_heads=1"
+    echo "mega_1block_seed0|${mega}|--seed 0 --decoder_conf num_blocks=1"
 }
 
 # train FOLDER NAME|YAML|OPTIONS [MORE OPTIONS]
