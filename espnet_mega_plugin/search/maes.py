@@ -174,9 +174,8 @@ class Maes(Algorithm):
 
     def _prefixes(self) -> tuple[Tensor, Tensor]:
         """Which hypotheses another one goes on from, and by which label. [h, i]: h before i. (B, H, H) bool, int64"""
-        tree, node = self.tree, self.hypotheses.node
-        there = self.hypotheses.there
-        n = tree.used_nodes
+        tree, there, n = self.tree, self.hypotheses.there, self.tree.used_nodes
+        node = torch.where(there, self.hypotheses.node, 0)  # where none is, an old number, perhaps beyond those in use
         lineage = tree.lineage[self._utterance, node, :n]  # (B, H, N)
         within = lineage.gather(2, node[:, None].expand(-1, node.shape[1], -1)).transpose(1, 2)
         within = within & (node[:, :, None] != node[:, None]) & there[:, :, None] & there[:, None]

@@ -5,6 +5,7 @@ import random
 
 import plain
 import pytest
+import torch
 from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
 from search_oracles import every_sequence, log_probability, numbered_frames, over_alignments, random_table
 from search_problems import (
@@ -12,6 +13,7 @@ from search_problems import (
     assert_same,
     assert_same_nbest,
     fixed_shapes,
+    network_problem,
     random_lengths,
     random_options,
     tabled_problem,
@@ -114,6 +116,19 @@ def test_two_paths_that_would_fall_out_by_themselves_stay_in_together():
     options |= {"expansion_gamma": 10.0, "expansion_beta": 1}
     (nbest,) = problem.found(options)
     assert_same_nbest(nbest, plain.search(problem.log_probs[0], problem.lengths[0], options))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["stateless", "lstm", "window"])
+def test_places_without_a_hypothesis_are_not_looked_at(kind):
+    """Their nodes may be beyond those in use after what is out of reach was cleared away; the seed is one with which
+    they were."""
+    problem = network_problem(kind, [66, 1, 0, 67], seed=11)
+    options = {"search_type": "maes", "beam_size": 3, "nstep": 2, "nbest": 3, "expansion_beta": 1}
+    options |= {"expansion_gamma": 0.3}
+    lists = problem.found(options)
+    for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+        assert_same_nbest(nbest, plain.search(log_probs, T, options))
 
 
 @pytest.mark.parametrize("gamma", [2.3, 10.0])
