@@ -1,12 +1,15 @@
 """The comparison of models: intervals against the normal approximation, tables from a tree made by hand."""
 
 import re
+import shutil
+import subprocess
 
 import numpy
 import pytest
 import torch
+from tones import REPOSITORY
 
-from espnet_mega_plugin.recipe.compare import Errors, bootstrap, main, page
+from espnet_mega_plugin.recipe.compare import MODEL, Errors, bootstrap, main, page
 from espnet_mega_plugin.recipe.kaldi_dir import write_table
 
 LOG = """\
@@ -120,3 +123,32 @@ def test_command(tree, monkeypatch, capsys):
     main()
     assert capsys.readouterr().out == "t.md\n"
     assert "-37.50" in (tree / "t.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--only", "mega_seed9"], "compare.sh: no experiment matches mega_seed9"),
+        (["--seeds", "3"], "compare.sh: unknown option --seeds, expected --train_jobs or --only"),
+        (["--only"], "--only needs a regular expression"),
+    ],
+)
+def test_script_refuses(tmp_path, options, says):
+    local = REPOSITORY / "egs" / "spoken_numbers" / "asr1" / "local"
+    script = shutil.copytree(local, tmp_path / "local") / "compare.sh"
+    done = subprocess.run(["bash", script, *options], capture_output=True, text=True)
+    assert done.returncode in (1, 2) and says in done.stderr
+    assert not (tmp_path / "exp").exists()
+
+
+def test_experiments_of_the_script_are_those_of_the_configurations():
+    """Each is a name with a seed, an existing YAML, and options of ESPnet's training."""
+    recipe = REPOSITORY / "egs" / "spoken_numbers" / "asr1"
+    script = (recipe / "local" / "compare.sh").read_text()
+    function = script[script.index("experiments() {") : script.index("\n}\n") + 3]
+    lines = subprocess.run(["bash", "-c", f"{function}experiments"], capture_output=True, text=True).stdout.splitlines()
+    names = [line.split("|")[0] for line in lines]
+    assert len(set(names)) == len(names) >= 20
+    for name, config, options in (line.split("|") for line in lines):
+        seed = MODEL.fullmatch(f"asr_{name}")[2]
+        assert f"--seed {seed}" in options and (recipe / config).is_file()

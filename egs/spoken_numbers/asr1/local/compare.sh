@@ -63,8 +63,8 @@ decode() {
     touch "${done}"
 }
 
-mkdir -p exp/compare/alone
 chosen=$(experiments | grep -E -- "^(${only})[|]") || { echo "compare.sh: no experiment matches ${only}" >&2; exit 2; }
+mkdir -p exp/compare/alone
 
 export -f train
 xargs -d '\n' -P "${train_jobs}" -I{} bash -c 'train exp/compare "$1"' _ {} <<< "${chosen}"
