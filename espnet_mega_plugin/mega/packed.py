@@ -7,8 +7,7 @@ memory's speed. The 51 MB of the default size's layers, in ms, plain and packed:
     1 thread   4.3 | 3.2  6.4 | 4.0  7.0 | 2.9  10.1 | 6.7   33.6 | 26.1
     2 threads  4.2 | 1.4  6.3 | 1.6  6.3 | 1.7   8.4 | 3.4   22.7 | 13.6      torch 2.12.1, AMD EPYC
 
-One to three rows take longer than four, so they are filled up to four (51 MB again, other work on the machine:
-4.2, 4.8 and 3.5 ms for 1, 2 and 3 rows, 3.2 for 4).
+(`python tests/bench/bench_packed.py` repeats it; on a busier machine a single row gains nothing at one thread.)
 
 The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
 freezes weights); where a build of torch lacks it, the layers run as they are.
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 ROWS = 16  # the number of rows the layout is chosen for; 8 to 32 measured alike from 1 to 100 rows, 1 not
-FEW = 4  # rows that take less time than fewer
 SMALLEST = 1 << 17  # weights; the packed product costs 10 microseconds more to call, which a small layer does not earn
 
 
@@ -56,8 +54,4 @@ class PackedLayers:
             or layer._forward_pre_hooks
         ):
             return layer(x)
-        rows = x.shape[0]
-        if rows >= FEW:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
-        x = nn.functional.pad(x, (0, 0, 0, FEW - rows))
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")[:rows]
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
