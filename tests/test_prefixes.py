@@ -402,7 +402,7 @@ def step_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tenso
     bias[:, 0, P : P + T] = float("-inf")
     return (
         torch.randint(1, model.vocab_size, (B,)),
-        torch.randn(blocks, B, SMALL["block_size"], SMALL["num_heads"]),
+        torch.randn(blocks, B, SMALL["num_heads"], SMALL["block_size"]),
         torch.randn(blocks, P, width),
         torch.randn(blocks, B, T, width),
         bias,

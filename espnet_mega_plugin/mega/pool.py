@@ -41,7 +41,7 @@ class MegaPool:
         width = network.mega_att_k_size + network.mega_att_v_size
         self.keys_values = weight.new_zeros(blocks, 0, 0, width)  # (blocks, B, N, S + E)
         if network.truncation_length is None:
-            self.ema = weight.new_zeros(blocks, 0, 0, D, network.mega_ema_num_heads, dtype=self.exact)
+            self.ema = weight.new_zeros(blocks, 0, 0, network.mega_ema_num_heads, D, dtype=self.exact)
         else:
             self.inputs = weight.new_zeros(blocks, 0, 0, D, dtype=self.exact)  # (blocks, B, N, D)
 
@@ -74,11 +74,10 @@ class MegaPool:
             padding = (rows.label == network.pad_idx) & (rows.parent >= 0)
         past = _PoolPast(self, rows, tree)
         out, fresh = step(network, self.constants, rows.label, padding, past)
-        for b in range(network.num_blocks):
-            if network.truncation_length is None:
-                _put(self.ema[b], rows.utterance, rows.leaf, fresh.ema[b], rows.valid)
-            else:
-                _put(self.inputs[b], rows.utterance, rows.node, fresh.inputs[b], rows.valid)
+        if network.truncation_length is None:
+            _put(self.ema, _index(self.ema, rows.utterance, rows.leaf, rows.valid), torch.stack(fresh.ema))
+        else:
+            _put(self.inputs, _index(self.inputs, rows.utterance, rows.node, rows.valid), torch.stack(fresh.inputs))
         return out
 
     def move_nodes(self, kept: Tensor) -> None:
@@ -99,10 +98,12 @@ class _PoolPast:
         network = pool.network
         at_start = rows.parent < 0
         if network.truncation_length is None:
-            ema = pool.ema[:, rows.utterance, rows.parent_leaf.clamp(min=0)]
-            self.ema, self.inputs = ema.masked_fill(at_start[:, None, None], 0.0), None
+            before = _index(pool.ema, rows.utterance, rows.parent_leaf.clamp(min=0), None)
+            ema = pool.ema.flatten(1, 2).index_select(1, before)
+            self.ema, self.inputs = ema.masked_fill_(at_start[:, None, None], 0.0), None
         else:
             self.ema, self.inputs = None, self._inputs_before(tree, network.truncation_length - 1)
+        self.index = _index(pool.keys_values, rows.utterance, rows.node, rows.valid)
 
         self.nodes = n = tree.used_nodes
         if rows.valid is not None:
@@ -157,9 +158,8 @@ class _PoolPast:
         return inputs.masked_fill((source < 0)[..., None], 0.0)
 
     def attend(self, b: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        pool, rows = self.pool, self.rows
-        S, held, bias = key.shape[1], pool.keys_values[b], self.bias[b].to(value.dtype)
-        _put(held, rows.utterance, rows.node, torch.cat([key, value.to(key.dtype)], 1), rows.valid)
+        S, held, bias = key.shape[1], self.pool.keys_values[b], self.bias[b].to(value.dtype)
+        _put(held[None], self.index, torch.cat([key, value.to(key.dtype)], 1)[None])
         held, query = held.to(value.dtype), query.to(value.dtype)
         if self.groups is None:
             B = held.shape[0]
@@ -176,16 +176,23 @@ class _PoolPast:
         return attended
 
 
-def _put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: Tensor | None) -> None:
+def _index(tensor: Tensor, utterance: Tensor, place: Tensor, valid: Tensor | None) -> Tensor:
+    """Where rows are in a tensor whose utterances stand one after the other."""
+    places = tensor.shape[2]
     if valid is not None:
-        place = torch.where(valid, place, tensor.shape[1] - 1)  # the last place is nobody's where there is `valid`
+        place = torch.where(valid, place, places - 1)  # the last place is nobody's where there is `valid`
+    return torch.add(place, utterance, alpha=places)
+
+
+def _put(tensor: Tensor, index: Tensor, value: Tensor) -> None:
+    """(blocks, B, places, ...), (R,), (blocks, R, ...)"""
     if value.dtype != tensor.dtype:
         value = value.to(tensor.dtype)
     if tensor.dtype == torch.float16:
         # too large for this type: that prefix is lost, but what takes its place later meets it with a weight of 0,
         # and 0 * inf is NaN
         value = torch.nan_to_num(value)
-    tensor[utterance, place] = value
+    tensor.flatten(1, 2).index_copy_(1, index, value)
 
 
 def _larger(tensor: Tensor, utterances: int, places: int) -> Tensor:

@@ -46,7 +46,7 @@ class Tables:
         if network.truncation_length is not None:
             of_labels.append((blocks, (D,), exact))  # block inputs
         self.labels = Table(*of_labels, device=weight.device)
-        of_ends = [(blocks, (D, network.mega_ema_num_heads), exact), (1, (D,), weight.dtype)]
+        of_ends = [(blocks, (network.mega_ema_num_heads, D), exact), (1, (D,), weight.dtype)]
         self.ends = Table(*of_ends, device=weight.device)
 
     def fit(self, network: MegaNetwork) -> bool:
@@ -138,7 +138,7 @@ class PrefixMemory:
             prefix.padded = padded if padded.any() else None
             index = torch.from_numpy(indices).to(tables.device)
             for b, block in enumerate(memory.blocks):
-                tables.ends.tensors[0][b, end.index] = block.ema[0].to(tables.exact)
+                tables.ends.tensors[0][b, end.index] = block.ema[0].T.to(tables.exact)
                 if attended:
                     known = torch.cat([block.keys[0], block.values[0].to(block.keys.dtype)], 1)[-attended:]
                     tables.labels.tensors[0][b, index[count - attended :]] = known.to(tables.device, tables.dtype)
@@ -170,9 +170,11 @@ class PrefixMemory:
             for prefix in extended:
                 self._recent[prefix] = None
                 self._recent.move_to_end(prefix)
-            tables = self._tables
-            index = torch.tensor([prefix.end.index for prefix in extended]).to(tables.device, non_blocking=True)
-            out = tables.ends.tensors[1][0].index_select(0, index)
+            outputs, ends = self._tables.ends.tensors[1][0], [prefix.end.index for prefix in extended]
+            if len(ends) == 1:
+                out = outputs.narrow_copy(0, ends[0], 1)
+            else:
+                out = outputs.index_select(0, torch.tensor(ends).to(outputs.device, non_blocking=True))
             while len(self._recent) > self.remembered:
                 self._recent.popitem(last=False)
             return out, extended
@@ -191,7 +193,7 @@ class PrefixMemory:
             if prefix.end is None:
                 ema = empty.blocks[b].ema.to(tables.device, tables.exact)
             else:
-                ema = tables.ends.tensors[0][b, prefix.end.index].clone()[None]
+                ema = tables.ends.tensors[0][b, prefix.end.index].T.clone(memory_format=torch.contiguous_format)[None]
             if prefix.labels:
                 rows = tables.labels.tensors[0][b].index_select(0, index)[None]
                 keys, values = rows[..., :S].contiguous(), rows[..., S:].contiguous()
@@ -235,12 +237,11 @@ class PrefixMemory:
         self.evaluated += len(new)
         masked = torch.tensor(padding).to(tables.device, non_blocking=True) if any(padding) else None
         out, fresh = step(network, constants, label_ids, masked, past)
-        for b in range(network.num_blocks):
-            tables.ends.tensors[0][b].index_copy_(0, end_index, fresh.ema[b].to(tables.exact))
-            tables.labels.tensors[0][b].index_copy_(0, label_index, fresh.keys_values[b].to(tables.dtype))
-            if fresh.inputs:
-                tables.labels.tensors[1][b].index_copy_(0, label_index, fresh.inputs[b].to(tables.exact))
-        tables.ends.tensors[1][0].index_copy_(0, end_index, out.to(tables.dtype))
+        tables.ends.tensors[0].index_copy_(1, end_index, torch.stack(fresh.ema).to(tables.exact))
+        tables.labels.tensors[0].index_copy_(1, label_index, torch.stack(fresh.keys_values).to(tables.dtype))
+        if fresh.inputs:
+            tables.labels.tensors[1].index_copy_(1, label_index, torch.stack(fresh.inputs).to(tables.exact))
+        tables.ends.tensors[1].index_copy_(1, end_index, out.to(tables.dtype)[None])
         return [
             _child(network, constants, prefix, label, padded, label_row, end_row)
             for (prefix, label), padded, label_row, end_row in zip(new, padding, label_rows, end_rows, strict=True)

@@ -7,9 +7,12 @@ behind a parameter, another parameter, another submodule. Not seen is a write be
 from __future__ import annotations
 
 from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import nn
+
+_VERSION = attrgetter("_version")
 
 
 class Weights:
@@ -30,7 +33,7 @@ class Weights:
             weight.dtype,
             autocast and torch.get_autocast_dtype(weight.device.type),
             self._versions(),
-            sum([p.data_ptr() for p in self._parameters]),
+            sum(map(torch.Tensor.data_ptr, self._parameters)),
         )
 
     def _walk(self, network: nn.Module) -> None:
@@ -43,6 +46,6 @@ class Weights:
 
     def _versions(self) -> int:
         try:
-            return sum([p._version for p in self._parameters])
+            return sum(map(_VERSION, self._parameters))
         except RuntimeError:  # tensors made in inference mode have none
             return sum(p._version for p in self._parameters if not p.is_inference())
