@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
 
 from espnet_mega_plugin.decoder import MEGADecoder
+from espnet_mega_plugin.mega import prefixes
 from espnet_mega_plugin.mega.packed import PackedLayers
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
@@ -37,6 +39,8 @@ REACHES = [
     {"attention_window": 3, "pre_norm": True},
     {"attention_window": 1, "truncation_length": 4},
 ]
+# What hypotheses have of their own: gathered for each; shown to all and hidden where it is little; always that
+FORMS = st.sampled_from([0, prefixes.FOR_NOTHING, 10**9])
 reaches = pytest.mark.parametrize("reach", REACHES, ids=lambda reach: "-".join(reach) or "full")
 
 
@@ -63,8 +67,16 @@ class Interleavings(RuleBasedStateMachine):
 
     hypotheses = Bundle("hypotheses")
 
-    @initialize(target=hypotheses, options=st.sampled_from(REACHES), seed=st.integers(0, 999), room=st.integers(1, 6))
-    def build(self, options, seed, room):
+    @initialize(
+        target=hypotheses,
+        options=st.sampled_from(REACHES),
+        seed=st.integers(0, 999),
+        room=st.integers(1, 6),
+        for_nothing=FORMS,
+    )
+    def build(self, options, seed, room, for_nothing):
+        self.form = mock.patch.object(prefixes, "FOR_NOTHING", for_nothing)
+        self.form.start()
         self.model = decoder(seed=seed, **options)
         self.model.prefixes.remembered = room  # almost everything is forgotten at once
         self.weights, self.rounding = 0, EXACT
@@ -165,6 +177,9 @@ class Interleavings(RuleBasedStateMachine):
             self.weights += 1
             self.rounding = {"rtol": 1e-3, "atol": 1e-3}  # states of float32 live on
 
+    def teardown(self):
+        self.form.stop()
+
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
@@ -174,9 +189,14 @@ TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, d
 
 
 @settings(max_examples=100)
-@given(configuration=configurations, seed=st.integers(0, 2**31), data=st.data())
-def test_a_growing_tree_of_hypotheses_is_forward(configuration, seed, data):
+@given(configuration=configurations, seed=st.integers(0, 2**31), data=st.data(), for_nothing=FORMS)
+def test_a_growing_tree_of_hypotheses_is_forward(configuration, seed, data, for_nothing):
     """Hypotheses that share any part of their past, of any lengths, each scored in any company."""
+    with mock.patch.object(prefixes, "FOR_NOTHING", for_nothing):
+        _grow_a_tree(configuration, seed, data)
+
+
+def _grow_a_tree(configuration, seed, data):
     torch.manual_seed(seed)
     model = perturbed(MEGADecoder(**configuration)).double().eval()
     label = st.integers(0, configuration["vocab_size"] - 1)

@@ -157,10 +157,10 @@ class _PoolPast:
         inputs = self.pool.inputs[:, b[:, None], source.clamp(min=0)]
         return inputs.masked_fill((source < 0)[..., None], 0.0)
 
-    def attend(self, b: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        S, held, bias = key.shape[1], self.pool.keys_values[b], self.bias[b].to(value.dtype)
-        _put(held[None], self.index, torch.cat([key, value.to(key.dtype)], 1)[None])
-        held, query = held.to(value.dtype), query.to(value.dtype)
+    def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
+        S, held, bias = query.shape[1], self.pool.keys_values[b], self.bias[b].to(dtype)
+        _put(held[None], self.index, key_value[None])
+        held, query = held.to(dtype), query.to(dtype)
         if self.groups is None:
             B = held.shape[0]
             bias, query = (x.view(B, -1, x.shape[-1]) for x in (bias, query))
@@ -168,7 +168,7 @@ class _PoolPast:
             scores = torch.baddbmm(bias, query, held[..., :S].transpose(1, 2))
             return torch.bmm(softmax(scores), held[..., S:]).flatten(0, 1)
         # One utterance after the other: each reads its own nodes alone, and many have no row in a step
-        attended = torch.empty_like(value)
+        attended = query.new_empty(len(query), held.shape[-1] - S)
         for utterance, begin, end, n in self.groups:
             keys, values = held[utterance, :n, :S], held[utterance, :n, S:]
             scores = torch.addmm(bias[begin:end, :n], query[begin:end], keys.T)

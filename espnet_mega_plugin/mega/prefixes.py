@@ -24,13 +24,15 @@ from torch import Tensor
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.rows import Row, Table
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
-from espnet_mega_plugin.mega.step import Constants, Past, step
+from espnet_mega_plugin.mega.step import Constants, Past, Together, step
 from espnet_mega_plugin.mega.weights import Weights
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
 
 NO_ROWS = np.empty(0, dtype=np.int64)
+# Products of a query and a key that may be made for nothing, to save the operations that gathering takes
+FOR_NOTHING = 1024
 
 
 class Tables:
@@ -230,8 +232,8 @@ class PrefixMemory:
         tables = self._tables
         prefixes, labels = [prefix for prefix, _ in new], [label for _, label in new]
         padding = [label == network.pad_idx and prefix.length > 0 for prefix, label in new]
-        past = self._past(network, constants, prefixes, padding)
         label_rows, end_rows = tables.labels.lend(len(new)), tables.ends.lend(len(new))
+        past = self._past(network, constants, prefixes, padding)
         on_device = torch.tensor([labels, [row.index for row in label_rows], [row.index for row in end_rows]])
         label_ids, label_index, end_index = on_device.to(tables.device, non_blocking=True)
         self.evaluated += len(new)
@@ -247,12 +249,41 @@ class PrefixMemory:
             for (prefix, label), padded, label_row, end_row in zip(new, padding, label_rows, end_rows, strict=True)
         ]
 
-    def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]) -> Past:
-        tables = self._tables
+    def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]):
+        """What a step goes on from, in the form that takes least."""
         views = [_view(prefix, padded) for prefix, padded in zip(prefixes, padding, strict=True)]
         rows = [view[0] for view in views]
-        P, lengths = _common(rows), np.array([len(row) for row in rows])
-        T = int(lengths.max()) - P
+        P = _common(rows)
+        own, column = np.unique(np.concatenate([row[P:] for row in rows]), return_inverse=True)
+        ema, inputs = self._ema(network, prefixes), self._inputs(network, prefixes)
+        if len(rows) * len(own) > FOR_NOTHING or constants.half:
+            return Past(ema, inputs, *self._apart(network, constants, prefixes, views, P))
+
+        B, U = len(rows), P + len(own)
+        distance = np.full((B, U + B), -1, dtype=np.int64)
+        length = np.array([prefix.length for prefix in prefixes])
+        distance[:, :P] = length[:, None] - views[0][1][:P]
+        if len(own):
+            whose = np.repeat(np.arange(B), [len(row) - P for row in rows])
+            distance[whose, P + column] = length[whose] - np.concatenate([place[P:] for _, place, _ in views])
+        np.fill_diagonal(distance[:, U:], [0 if sees_itself else -1 for *_, sees_itself in views])
+        labels = self._gathered_once(prefixes[0], rows[0][:P], len(own) + B)
+        if len(own):
+            index = torch.from_numpy(own).to(labels.device, non_blocking=True)
+            labels[:, P:U] = self._tables.labels.tensors[0].index_select(1, index)
+        return Together(ema, inputs, labels, self._bias(network, constants, distance))
+
+    def _bias(self, network: MegaNetwork, constants: Constants, distance: np.ndarray) -> Tensor:
+        """Position bias for distances of labels; -inf where one is negative. (blocks, ...)"""
+        table = constants.bias(network, int(distance.max()) + 1)
+        index = np.where(distance < 0, table.shape[1] - 1, distance).ravel()
+        index = torch.from_numpy(index).to(table.device, non_blocking=True)
+        return table.index_select(1, index).view(-1, *distance.shape)
+
+    def _apart(self, network, constants: Constants, prefixes: list[Prefix], views: list, P: int):
+        """Rows that all have in common, rows gathered for each, position bias: as `Past` takes them."""
+        tables, rows = self._tables, [view[0] for view in views]
+        T = max(len(row) for row in rows) - P
 
         # distance of each column's label from the new one; -1: not seen
         places = np.array([prefix.length for prefix in prefixes])
@@ -263,27 +294,19 @@ class PrefixMemory:
             own[i, : len(row) - P] = row[P:]
             distance[i, P : len(row)] = places[i] - place[P:]
             distance[i, -1] = 0 if sees_itself else -1
-        table = constants.bias(network, int(distance.max()) + 1)
-        distance = torch.from_numpy(distance).to(tables.device, non_blocking=True)
-        bias = table[:, distance.clamp(min=0)].masked_fill(distance < 0, float("-inf"))
+        index = torch.from_numpy(own).to(tables.device, non_blocking=True).flatten()
+        held = tables.labels.tensors[0]
+        gathered = self._gathered(held, index).view(held.shape[0], len(rows), T, held.shape[2])
+        return self._gathered_once(prefixes[0], rows[0][:P]), gathered, self._bias(network, constants, distance)
 
-        of_labels = tables.labels.tensors
-        blocks, B = network.num_blocks, len(rows)
-        if T:
-            index = torch.from_numpy(own).to(tables.device, non_blocking=True).flatten()
-            gathered = self._gathered(of_labels[0], index).view(blocks, B, T, -1)
-        else:
-            gathered = bias.new_empty(blocks, B, 0, 0)
-        shared = self._gathered_once(prefixes[0], rows[0][:P]) if P else bias.new_empty(blocks, 0, 0)
-        return Past(self._ema(prefixes), self._inputs(network, prefixes), shared, gathered, bias)
-
-    def _gathered_once(self, prefix: Prefix, rows: np.ndarray) -> Tensor:
-        """Keys and values of the rows, side by side; those of the call before stay where they are."""
+    def _gathered_once(self, prefix: Prefix, rows: np.ndarray, more: int = 0) -> Tensor:
+        """Keys and values of the rows, side by side, and room for more; those of the call before stay there."""
         of_labels = self._tables.labels.tensors[0]
         _, held, buffer = self._shared
-        if buffer is None or buffer.shape[1] < len(rows):
+        if buffer is None or buffer.shape[1] < len(rows) + more:
             with torch.inference_mode(False):
-                buffer = of_labels.new_empty(of_labels.shape[0], max(64, 2 * len(rows)), of_labels.shape[2])
+                # zeros: what is hidden from a softmax still meets a weight of 0, and 0 * NaN is NaN
+                buffer = of_labels.new_zeros(of_labels.shape[0], max(64, 2 * len(rows) + more), of_labels.shape[2])
             held = NO_ROWS
         both = min(len(held), len(rows))
         differing = np.flatnonzero(held[:both] != rows[:both])
@@ -293,7 +316,7 @@ class PrefixMemory:
             buffer[:, kept : len(rows)] = of_labels.index_select(1, index)
         # The prefix is held so that none of its rows can be lent to another label while the buffer counts on them
         self._shared = (prefix, rows, buffer)
-        return buffer[:, : len(rows)]
+        return buffer[:, : len(rows) + more]
 
     def _gathered(self, rows: Tensor, index: Tensor) -> Tensor:
         """The rows of an index, in a buffer that the next call fills anew: 75 MB of fresh memory cost more to map than
@@ -304,11 +327,11 @@ class PrefixMemory:
                 self._own = rows.new_empty(2 * math.prod(shape))
         return torch.index_select(rows, 1, index, out=self._own[: math.prod(shape)].view(shape))
 
-    def _ema(self, prefixes: list[Prefix]) -> Tensor:
+    def _ema(self, network: MegaNetwork, prefixes: list[Prefix]) -> Tensor | None:
+        if network.truncation_length is not None:
+            return None
         ends = self._tables.ends
         index = [0 if prefix.end is None else prefix.end.index for prefix in prefixes]
-        if not ends.size:
-            ends.lend(1)
         ema = ends.tensors[0].index_select(1, torch.tensor(index).to(ends.device, non_blocking=True))
         for i, prefix in enumerate(prefixes):
             if prefix.end is None:

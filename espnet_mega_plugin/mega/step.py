@@ -1,12 +1,14 @@
 """One new label for each of B hypotheses: the flat form of `MegaNetwork.extend`, in tensors alone.
 
-What the hypotheses share of their past is attended to once for all of them, as one matrix product; only what a
-hypothesis has of its own is gathered for it. So the cost of a step hardly grows with the history of a beam.
+What the hypotheses share of their past is attended to once for all of them, as one matrix product. So the cost of a
+step hardly grows with the history of a beam. What a hypothesis has of its own is either shown to all, hidden from the
+others (`Together`: fewest operations where it is little), or gathered for it alone (`Past`):
 
     scores = [Q Ks' | q Ko' | q k'] + bias      shared (P), own (T), the label itself (1)
     o      = softmax(scores) [Vs | Vo | v]
 
-B hypotheses, P shared and T own labels, D block size, N EMA heads, S query/key size, E value size.
+B hypotheses, P shared and T own labels, U labels of all hypotheses, D block size, N EMA heads, S query/key size,
+E value size.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from espnet_mega_plugin.mega.block import softmax
 from espnet_mega_plugin.mega.ema import Coefficients
 from espnet_mega_plugin.mega.packed import PackedLayers
-from espnet_mega_plugin.mega.precision import without_autocast
+from espnet_mega_plugin.mega.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
@@ -34,9 +36,26 @@ class Past(NamedTuple):
     own: Tensor  # keys | values each sees of its own. (blocks, B, T, S + E)
     bias: Tensor  # position bias; -inf where a hypothesis does not see a label. (blocks, B, P + T + 1)
 
-    def attend(self, b: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What block b's attention gives for the new labels. (B, S), (B, S), (B, E) -> (B, E)"""
+    def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
+        """What block b's attention gives for the new labels. (B, S), (B, S + E) -> (B, E) in that dtype"""
+        S = query.shape[1]
+        key, value = key_value[:, :S], key_value[:, S:].to(dtype)
         return _attend(query, key, value, self.shared[b], self.own[b], self.bias[b])
+
+
+class Together(NamedTuple):
+    """The same where all hypotheses look at one table of labels, each at its own ones."""
+
+    ema: Tensor | None
+    inputs: Tensor | None
+    labels: Tensor  # keys | values, the last B the new labels', which a step writes. (blocks, U + B, S + E)
+    bias: Tensor  # -inf where a hypothesis does not see a label. (blocks, B, U + B)
+
+    def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
+        labels, S = self.labels[b], query.shape[1]
+        labels[-len(query) :] = key_value
+        scores = torch.addmm(self.bias[b].to(query.dtype), query, labels[:, :S].T.to(query.dtype))
+        return softmax(scores).to(dtype) @ labels[:, S:].to(dtype)
 
 
 class Fresh(NamedTuple):
@@ -51,7 +70,10 @@ class Constants:
     """What every step needs of the weights and only the weights decide."""
 
     def __init__(self, network: MegaNetwork):
-        with without_autocast(network.embed.weight.device):
+        weight = network.embed.weight
+        # Where numbers end at 65,504, labels that are hidden may be infinite, and 0 * inf is NaN
+        self.half = torch.float16 in (weight.dtype, autocast_dtype(weight.device))
+        with without_autocast(weight.device):
             # heads before channels: sums over four heads take a third of the time (5 rows: 6 against 17 microseconds)
             self.ema: list[Coefficients] = [
                 Coefficients(*(c.T.contiguous() for c in block.multihead_damped_ema.coefficients()))
@@ -68,23 +90,24 @@ class Constants:
         self._bias = None
 
     def bias(self, network: MegaNetwork, distances: int) -> Tensor:
-        """Position bias of each block for the distances 0 .. at least distances - 1. (blocks, >= distances)"""
+        """Position bias of each block for the distances 0 .. at least distances - 1, and -inf at last: what is not
+        seen. (blocks, > distances)"""
         if distances > self._distances:
             self._distances = max(64, 2 * distances)
             by_block = [block.rel_pos_bias.by_distance(self._distances) for block, _ in network.mega_blocks]
-            self._bias = torch.stack(by_block)
+            self._bias = torch.nn.functional.pad(torch.stack(by_block), (0, 1), value=float("-inf"))
         return self._bias
 
 
 def step(
-    network: MegaNetwork, constants: Constants, labels: Tensor, padding: Tensor | None, past: Past
+    network: MegaNetwork, constants: Constants, labels: Tensor, padding: Tensor | None, past: Past | Together
 ) -> tuple[Tensor, Fresh]:
     """Go on by one label for each hypothesis, without dropout.
 
     Args:
         labels: the new label of each. (B,) int64
         padding: true where it is padding; None where none is. (B,) bool
-        past: what they go on from; not modified. Another form of it is a pool's (`pool.py`).
+        past: what they go on from; a third form of it is a pool's (`pool.py`).
 
     Returns:
         out: decoder output. (B, D)
@@ -109,8 +132,9 @@ def _block(block, constants: Constants, b: int, x: Tensor, padding: Tensor | Non
     z, r = z_r[:, : block.qk_size], z_r[:, block.qk_size :]
     weight, bias = constants.query_key[b]
     query, key = torch.addcmul(bias, z.unsqueeze(1), weight).unbind(1)
-    attended = past.attend(b, query, key, value)
-    fresh.keys_values.append(torch.cat([key, value.to(key.dtype)], 1))
+    key_value = torch.cat([key, value.to(key.dtype)], 1)
+    fresh.keys_values.append(key_value)
+    attended = past.attend(b, query, key_value, value.dtype)
     return block.leave(x, update, block.activation(intermediate + linear(block.proj_h, attended * r)))
 
 

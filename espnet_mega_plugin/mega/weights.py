@@ -12,6 +12,8 @@ from operator import attrgetter
 import torch
 from torch import nn
 
+from espnet_mega_plugin.mega.precision import autocast_dtype
+
 _VERSION = attrgetter("_version")
 
 
@@ -27,11 +29,10 @@ class Weights:
         if not self._modules or self._entries != self._objects():
             self._walk(network)
         weight = self._parameters[0]
-        autocast = torch.is_autocast_enabled(weight.device.type)
         return (
             weight.device,
             weight.dtype,
-            autocast and torch.get_autocast_dtype(weight.device.type),
+            autocast_dtype(weight.device),
             self._versions(),
             sum(map(torch.Tensor.data_ptr, self._parameters)),
         )
