@@ -182,7 +182,7 @@ class LabelTree:
             self.reserve(apart * nodes, 0)
         if self.used_leaves + leaves + self.spare > self.leaves:
             self._compact_leaves(live, wanted)
-            self.reserve(0, apart * leaves)
+            self.reserve(0, max(2, apart) * leaves)
         self._used_before = self.used_nodes, self.used_leaves
         return live
 
