@@ -6,6 +6,7 @@ B batch, L labels, D block size, N EMA heads, W remembered labels.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,14 @@ import torch
 from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
 from torch import Tensor
 
+from espnet_mega_plugin.mega.graph import cuda_graph
 from espnet_mega_plugin.mega.network import MegaNetwork
 from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
+
+GRAPHS_SWITCH = "ESPNET_MEGA_PLUGIN_CUDA_GRAPHS"
 
 
 class MEGADecoder(MegaNetwork, AbsDecoder):
@@ -91,6 +95,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(**arguments)
         self.prefixes = PrefixMemory()
+        self.cuda_graphs = _switched_on(GRAPHS_SWITCH)
         self.score_cache = {}
 
     @property
@@ -102,6 +107,16 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     def score_cache(self, replacement: dict) -> None:
         self._score_cache = replacement
         self.prefixes.forget()
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether steps of up to 32 hypotheses on a GPU are recorded once as CUDA graphs and replayed. May be set at
+        any time; at first true where the environment says ESPNET_MEGA_PLUGIN_CUDA_GRAPHS=1."""
+        return self.prefixes.recorder is cuda_graph
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, on: bool) -> None:
+        self.prefixes.recorder = cuda_graph if on else None
 
     @property
     def device(self) -> torch.device:
@@ -371,12 +386,19 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
 
     def __getstate__(self) -> dict:
         """A copy or a pickle starts with nothing remembered."""
-        return {**self.__dict__, "prefixes": PrefixMemory(self.prefixes.remembered), "_score_cache": {}}
+        return {**self.__dict__, "prefixes": self.prefixes.fresh(), "_score_cache": {}}
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica.prefixes = PrefixMemory(self.prefixes.remembered)
+        replica.prefixes = self.prefixes.fresh()
         return replica
+
+
+def _switched_on(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} in the environment must be 0 or 1; got {value!r}.")
+    return value == "1"
 
 
 def _integer(name: str, value: Any) -> int:

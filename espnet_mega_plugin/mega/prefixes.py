@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet_mega_plugin.mega.graph import Recorder, StepGraphs, cuda_graph
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.rows import Row, Table
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
@@ -78,13 +79,15 @@ class PrefixMemory:
     Args:
         remembered: how many prefixes are kept that nobody holds a state of, the last used ones. A search asks again for
             what it expanded one or two frames ago.
+        recorder: what records steps of fixed shapes that are replayed (`graph.py`); None: each step runs as it is.
     """
 
-    def __init__(self, remembered: int = 1024):
-        self.remembered = remembered
+    def __init__(self, remembered: int = 1024, recorder: Recorder | None = None):
+        self.remembered, self.recorder = remembered, recorder
         self._lock = threading.RLock()
         self._tables: Tables | None = None
         self._constants: tuple[tuple, Constants] | None = None
+        self._graphs: StepGraphs | None = None
         self._weights = Weights()
         self.evaluated = 0  # prefixes the network was run for, since the decoder was made
         self.forget()
@@ -206,21 +209,25 @@ class PrefixMemory:
         padded = np.zeros(len(prefix.rows), dtype=bool) if prefix.padded is None else prefix.padded
         return MegaMemory(blocks, torch.from_numpy(padded.copy()).to(tables.device)[None], [prefix.length])
 
+    def fresh(self) -> PrefixMemory:
+        """One for another decoder, with nothing remembered."""
+        return PrefixMemory(self.remembered, self.recorder)
+
     def __reduce__(self):
-        return PrefixMemory, (self.remembered,)  # a copy, a pickle, a replica: remembers nothing
+        return PrefixMemory, (self.remembered, self.recorder)  # a copy, a pickle: remembers nothing
 
     # -- all below runs under the lock
 
     def _fitting(self, network: MegaNetwork) -> Tables:
         if self._tables is None or not self._tables.fit(network):
             self.forget()
-            self._tables, self._constants = Tables(network), None
+            self._tables, self._constants, self._graphs = Tables(network), None, None
         return self._tables
 
     def _constants_of(self, network: MegaNetwork) -> Constants:
         weights = self._weights.now(network)
         if self._constants is None or self._constants[0] != weights:
-            self._constants = (weights, Constants(network))
+            self._constants, self._graphs = (weights, Constants(network)), None
         return self._constants[1]
 
     @staticmethod
@@ -238,7 +245,7 @@ class PrefixMemory:
         label_ids, label_index, end_index = on_device.to(tables.device, non_blocking=True)
         self.evaluated += len(new)
         masked = torch.tensor(padding).to(tables.device, non_blocking=True) if any(padding) else None
-        out, fresh = step(network, constants, label_ids, masked, past)
+        out, fresh = self._step(network, constants, label_ids, masked, past)
         tables.ends.tensors[0].index_copy_(1, end_index, torch.stack(fresh.ema).to(tables.exact))
         tables.labels.tensors[0].index_copy_(1, label_index, torch.stack(fresh.keys_values).to(tables.dtype))
         if fresh.inputs:
@@ -248,6 +255,14 @@ class PrefixMemory:
             _child(network, constants, prefix, label, padded, label_row, end_row)
             for (prefix, label), padded, label_row, end_row in zip(new, padding, label_rows, end_rows, strict=True)
         ]
+
+    def _step(self, network: MegaNetwork, constants: Constants, labels: Tensor, padding: Tensor | None, past):
+        elsewhere = self.recorder is cuda_graph and labels.device.type != "cuda"
+        if self.recorder is None or elsewhere or not isinstance(past, Together):
+            return step(network, constants, labels, padding, past)
+        if self._graphs is None or self._graphs.recorder is not self.recorder:
+            self._graphs = StepGraphs(network, constants, self.recorder)
+        return self._graphs(labels, padding, past)
 
     def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]):
         """What a step goes on from, in the form that takes least."""

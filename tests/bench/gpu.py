@@ -1,10 +1,10 @@
 """All that has to be seen on a GPU, in one call under eight minutes: `python tests/bench/gpu.py [--results FILE]`.
 
 First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
-that waits for the device. Then the benchmark of bench_loss.py for the losses whose checks passed, in float32 and
-bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak; and the
-batched search over made-up utterances (made_up.py). Rows are appended as they come, so a run that is cut off has left
-what it had.
+that waits for the device. Then a step of the decoder, as it is and recorded as a CUDA graph; the batched search over
+made-up utterances (made_up.py); and the benchmark of bench_loss.py for the losses whose checks passed, in float32 and
+bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak. Rows are
+appended as they come, so a run that is cut off has left what it had.
 
 Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
 Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
@@ -12,8 +12,10 @@ in Triton's interpreter.
 """
 
 import argparse
+import copy
 import math
 import os
+import random
 import sys
 import time
 import unittest.mock
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path += [str(HERE.parents[1]), str(HERE.parent / "rnnt"), str(HERE)]
+sys.path += [str(HERE.parents[1]), str(HERE.parent), str(HERE.parent / "rnnt"), str(HERE)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
@@ -36,10 +38,13 @@ if DEVICE == "cpu":
 import bench_loss  # noqa: E402
 import harness  # noqa: E402
 import made_up  # noqa: E402
+from replayed import Replayed  # noqa: E402
 from rnnt_problems import random_problem  # noqa: E402
 
+from espnet_mega_plugin.mega.graph import cuda_graph  # noqa: E402
 from espnet_mega_plugin.mega.network import MegaNetwork  # noqa: E402
 from espnet_mega_plugin.mega.pool import MegaPool  # noqa: E402
+from espnet_mega_plugin.mega.prefixes import PrefixMemory  # noqa: E402
 from espnet_mega_plugin.mega.step import Constants  # noqa: E402
 from espnet_mega_plugin.rnnt import (  # noqa: E402
     do_rnnt_pruning,
@@ -58,6 +63,7 @@ CHANNELS = 512
 WAYS = {"fused": "wavefront", "fused_triton": "triton"}
 if DEVICE == "cuda" and find_spec("triton"):
     WAYS = {"fused": "triton", "fused_wavefront": "wavefront"}
+RECORDER = cuda_graph if DEVICE == "cuda" else Replayed
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # what rounding to the type does to a gradient, with some room
 LIMIT = {F64: 1e-9, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -179,6 +185,51 @@ def decoder(dtype: torch.dtype, **options) -> float:
             out, memory = network.extend(piece.to(DEVICE), memory)
             parts.append(out)
     return worst([*found[0], torch.cat(parts, 1)], [*found[1], found[1][0]])
+
+
+def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
+    """Hypotheses that share their past, scored label by label through the prefix memory, recorded steps or not."""
+    exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2).double()
+    network = copy.deepcopy(exact).to(DEVICE, dtype).eval()
+    memory = PrefixMemory(recorder=RECORDER if graphs else None)
+    beam, draw = [([0], memory.extend(network, [memory.root(network)], [0])[1][0])], random.Random(5)
+    for _ in range(steps):
+        chosen = [(draw.choice(beam), draw.randrange(1, 50)) for _ in range(5)]
+        out, prefixes = memory.extend(network, [one for (_, one), _ in chosen], [label for _, label in chosen])
+        beam = [([*labels, label], one) for ((labels, _), label), one in zip(chosen, prefixes, strict=True)]
+    with torch.no_grad():
+        want = [exact(torch.tensor([labels]))[0, -1] for labels, _ in beam]
+    return relative(out, torch.stack(want))
+
+
+def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
+    """One step of the default decoder, as it is and recorded: hypotheses that share all but their last label."""
+    rows = []
+    for dtype in (F32, BF16):
+        network = MegaNetwork(500, **sizes).to(DEVICE, dtype).eval()
+        for B, history in ((1, 50), (5, 50), (20, 200)):
+            times = {}
+            for method, recorder in (("as it is", None), ("recorded", RECORDER)):
+                memory = PrefixMemory(recorder=recorder)
+                prefix = memory.root(network)
+                for label in range(history):
+                    _, (prefix,) = memory.extend(network, [prefix], [label % 499 + 1])
+                last = memory.extend(network, [prefix] * B, list(range(1, B + 1)))[1]
+
+                def run(_, memory=memory, last=last, network=network):
+                    for one in last:
+                        one.children.clear()  # asked anew, and evaluated anew
+                    memory.extend(network, last, list(range(1, len(last) + 1)))
+
+                times |= harness.measure(lambda: None, {method: run}, warmup=5, repeats=repeats)
+            shape = f"{B} hypotheses, history {history}"
+            found = [
+                harness.row("decoder_step", method=method, shape=shape, dtype=_name(dtype), repeats=repeats, **t)
+                for method, t in times.items()
+            ]
+            harness.append(found, results)
+            rows += found
+    return rows
 
 
 def without_waiting(method: str) -> float:
@@ -328,6 +379,9 @@ def checks() -> list[Check]:
         for options in ({}, {"rel_pos_bias_type": "rotary", "chunk_size": 8}):
             how = " ".join([_name(dtype), *(f"{key}={value}" for key, value in options.items())])
             found.append(Check("decoder", how, limit, partial(decoder, dtype, **options)))
+        for graphs in (False, True):
+            how = f"{_name(dtype)} prefix memory{' of recorded steps' * graphs}"
+            found.append(Check("graphs" if graphs else "decoder", how, limit, partial(remembered, dtype, graphs)))
     for dtype, limit in ((F64, 1e-9), (F32, 1e-4)):
         for kind in ("greedy", "maes", "tsd", "alsd"):
             found.append(Check("search", f"{_name(dtype)} {kind}", limit, partial(search, kind, dtype)))
@@ -448,6 +502,9 @@ def main() -> int:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     failed = checked()
     if DEVICE == "cuda":
+        if not failed & {"decoder", "graphs"}:
+            found = benchmark_steps(args.results)
+            print("\n" + harness.table(found, ("what", "method", "shape", "dtype", "median_ms", "p20_ms", "p80_ms")))
         if "search" not in failed:
             found = benchmark_search(args.results, time.monotonic() + 60 * args.minutes / 3, [1, 64])
             print(

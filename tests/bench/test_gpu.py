@@ -18,6 +18,7 @@ failed = gpu.checked()
 gpu.benchmark(failed, pathlib.Path(sys.argv[1]), time.monotonic() + 60, ["2,6,3,20", "an4,7"])
 gpu.benchmark(failed, pathlib.Path(sys.argv[1]), 0, ["2,6,3,20"])
 small = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
+gpu.benchmark_steps(pathlib.Path(sys.argv[1]), 1, block_size=16, linear_size=16, qk_size=8, v_size=16, num_blocks=1)
 gpu.benchmark_search(pathlib.Path(sys.argv[1]), time.monotonic() + 60, [2], 20, small)
 sys.exit(f"failed: {failed}" if failed else 0)
 """
