@@ -159,7 +159,8 @@ class Maes(Algorithm):
             (B, W) bool; where a hypothesis is not there, what is said of its utterance means nothing unless false
         """
         hypotheses = self.hypotheses
-        if hypotheses.there.shape[1] < self.beam_size:
+        # no row at all: scores that were no numbers ended the last utterances
+        if hypotheses.there.shape[1] < self.beam_size or not len(log_probs):
             return torch.zeros(blank.shape[:2], dtype=torch.bool, device=blank.device)
         after = hypotheses.score[:, None] + blank.cumsum(1)
         least = after.amin(-1) - self._margin

@@ -70,7 +70,9 @@ def test_nbest_is_that_of_espnets_search(decoder, search, seed, caplog):
     ours = BeamSearchTransducer(network, joint, search_type=f"{search}_batched", **common)
     assert type(theirs) is BeamSearchTransducer and type(ours) is BatchedBeamSearch
     longest = 0
-    for _ in range(4):  # another utterance with the same object
+    for number in range(40):  # another utterance with the same object, until some label was found
+        if number >= 4 and (longest > 1 or search == "alsd"):
+            break
         found, wanted = ours(frames), theirs(frames)
         if "Raise u_max" in caplog.text:
             caplog.clear()  # alsd, with all labels in the first frames: ESPnet's hypotheses are unfinished there

@@ -279,3 +279,13 @@ def test_scores_that_are_no_numbers_end_one_utterance_alone(search_type, shapes,
     assert got[1] == []
     assert_same([got[0], got[2]], [want[0], want[2]])
     assert "utterance 1 of the batch are not numbers" in caplog.text
+
+
+@every_search
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_the_only_utterance_ends_where_its_scores_are_no_numbers(search_type, beam_size, caplog):
+    problem = tabled_problem([9])
+    broken = problem.encoder_out.clone()
+    broken[0, 2:] = math.nan
+    assert problem.search(random_options(search_type, problem.V, beam_size))(broken) == [[]]
+    assert "not numbers" in caplog.text
