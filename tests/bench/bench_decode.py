@@ -25,12 +25,13 @@ from harness import RESULTS, append, extra_memory, measure, require_green, row, 
 from made_up import FollowingScorer
 from mended import pair
 
+from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.search.espnet_decoders import scorer_of
 from espnet_mega_plugin.search.search import BatchedSearch
 
 SMALL = {"block_size": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
 FRAME = 0.04  # seconds
-SHOWN = "what method shape threads median_ms cpu_ms extra_memory_mb rtf errors times_as_fast error".split()
+SHOWN = "what method shape part threads median_ms cpu_ms extra_memory_mb rtf errors times_as_fast error".split()
 MAES = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 2}
 GREEDY = {"search_type": "maes", "nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 0}  # ESPnet's, with beam 1
 TSD = {"search_type": "tsd", "max_sym_exp": 3}
@@ -154,21 +155,38 @@ def state_rows(decoder, quick: bool) -> list[dict]:
     frames, labels, count = (40, 4, 2) if quick else (1500, 250, 16)
     for utterances, T, said, beam in ((1, frames, labels, 5), (count, 2 * frames // 3, 2 * labels // 3, 8)):
         task = synthetic("", D, T, said, utterances=utterances)
-        streams = BatchedSearch(FollowingDecoder(decoder, task), task.joint, beam).streams()
-        opened = [streams.open() for _ in range(utterances)]
-        for first in range(0, T, 16):
-            streams.push({number: task.frames[i][first : first + 16] for i, number in enumerate(opened)})
-        pool = streams._search.predictions._decoder._scorer
-        longest = max(len(streams.close(number)[0].yseq) for number in opened)
-        what = f"{utterances} x {FRAME * T:.3g} s, {longest} labels at most, beam {beam}"
-        rows.append(row("decode_state", method="streams", shape=what, extra_memory_mb=pool.bytes / 1e6))
+        rows.append(state_row(FollowingDecoder(decoder, task), task.joint, task.frames, beam))
     return rows
+
+
+def trained_state_rows(decoder, task: Task) -> list[dict]:
+    """The same for a trained model and its utterances in a row, in four streams that begin with different ones."""
+    quarter = -(-len(task.frames) // 4)
+    turned = [task.frames[i * quarter :] + task.frames[: i * quarter] for i in range(4)]
+    return [state_row(decoder, task.joint, [torch.cat(frames) for frames in turned], beam) for beam in (5, 8)]
+
+
+def state_row(decoder, joint, frames: list[torch.Tensor], beam: int) -> dict:
+    """Streams of so many frames each, 16 at a time; the nodes there is room for are those of the one that needs most."""
+    streams = BatchedSearch(decoder, joint, beam).streams()
+    opened, T = [streams.open() for _ in frames], len(frames[0])
+    for first in range(0, T, 16):
+        streams.push({number: frames[i][first : first + 16] for i, number in enumerate(opened)})
+    pool = streams._search.predictions._decoder
+    pool = getattr(pool, "_scorer", pool)
+    longest = max(len(streams.close(number)[0].yseq) for number in opened)
+    what = f"{len(frames)} x {FRAME * T:.3g} s, {longest} labels at most, beam {beam}"
+    room = f"room for {pool.keys_values.shape[2]} nodes"
+    return row("decode_state", method="streams", shape=what, part=room, extra_memory_mb=pool.bytes / 1e6)
 
 
 def kept(r: dict) -> dict:
     """A row as results.csv has room for it."""
     words = ", ".join(f"{name} {r[name]:.4g}" for name in ("rtf", "errors") if name in r)
-    return {"part": words, **{k: v for k, v in r.items() if k not in ("rtf", "errors", "times_as_fast")}}
+    return {
+        "part": words or r.get("part", ""),
+        **{k: v for k, v in r.items() if k not in ("rtf", "errors", "times_as_fast", "part")},
+    }
 
 
 def trained(exp: Path, data: Path, utterances: int) -> tuple[Task, torch.nn.Module, Callable]:
@@ -228,6 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         task, decoder, words = trained(args.exp, args.data, args.utterances)
         check(decoder, decoder, few(task, args.alone), MAES)
         rows += all_rows("model", decoder, decoder, task, args, words)
+        if isinstance(decoder, MEGADecoder):
+            rows += trained_state_rows(decoder, task)
     else:
         espnet, ours = pair(**(SMALL if args.quick else {}))
         beside = decoders_beside(ours, espnet)
