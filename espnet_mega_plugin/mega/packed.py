@@ -1,15 +1,15 @@
 """Linear layers for the few rows of a beam on the CPU, their weights packed once for the library's products.
 
 A step of some hypotheses is bound by reading the weights, and a plain product reads row-major weights at a third of the
-memory's speed. The 51 MB of the default size's layers, in ms, plain and packed:
+memory's speed. The 51 MB of the default size's layers, in ms, plain and through this file
+(`python tests/bench/bench_packed.py`):
 
-    rows           1          2          5          20          100
-    1 thread   4.3 | 3.2  6.4 | 4.0  7.0 | 2.9  10.1 | 6.7   33.6 | 26.1
-    2 threads  4.2 | 1.4  6.3 | 1.6  6.3 | 1.7   8.4 | 3.4   22.7 | 13.6      torch 2.12.1, AMD EPYC
+    rows           1          2          3          5          20           100
+    1 thread   5.2 | 4.6  7.8 | 4.5  9.0 | 3.8  7.3 | 3.5  10.5 | 7.1   32.6 | 25.8
+    2 threads  4.8 | 2.5  6.5 | 4.3  7.9 | 3.7  5.5 | 3.6   7.8 | 5.3   23.3 | 15.6     torch 2.12.1, AMD EPYC
 
-One or two rows are better off as two columns behind the plain weights (a single one is doubled), where the library is
-MKL: 3.5 and 3.1 ms on one thread, where packed weights take 4.3 to 4.6 and 5.1; 2.5 and 2.2 on two.
-(`python tests/bench/bench_packed.py` repeats all of it.)
+One or two rows gain nothing from packing on one thread (5.1 ms); where the library is MKL they run as two columns
+behind the plain weights, a single one doubled.
 
 The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
 freezes weights); where a build of torch lacks it, the layers run as they are.
