@@ -195,11 +195,6 @@ TestInterleavings.settings = settings(max_examples=60, stateful_step_count=25, d
 @given(configuration=configurations, seed=st.integers(0, 2**31), data=st.data(), for_nothing=FORMS)
 def test_a_growing_tree_of_hypotheses_is_forward(configuration, seed, data, for_nothing):
     """Hypotheses that share any part of their past, of any lengths, each scored in any company."""
-    with mock.patch.object(prefixes, "FOR_NOTHING", for_nothing):
-        _grow_a_tree(configuration, seed, data)
-
-
-def _grow_a_tree(configuration, seed, data):
     torch.manual_seed(seed)
     model = perturbed(MEGADecoder(**configuration)).double().eval()
     label = st.integers(0, configuration["vocab_size"] - 1)
@@ -207,7 +202,8 @@ def _grow_a_tree(configuration, seed, data):
     for _ in range(data.draw(st.integers(1, 6))):
         chosen = data.draw(st.lists(st.sampled_from(range(len(tree))), min_size=1, max_size=6))
         hyps = [Hypothesis(0.0, *tree[i]) for i in chosen]
-        out, batch = model.batch_score(hyps)
+        with mock.patch.object(prefixes, "FOR_NOTHING", for_nothing):
+            out, batch = model.batch_score(hyps)
         want = [model(torch.tensor([hyp.yseq]))[0, -1] for hyp in hyps]
         torch.testing.assert_close(out, torch.stack(want).detach(), **EXACT)
         tree += [([*hyp.yseq, data.draw(label)], model.select_state(batch, i)) for i, hyp in enumerate(hyps)]

@@ -19,7 +19,6 @@ bits and, with the same seed, its dropout); `extend` goes on from a memory and g
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,14 +97,9 @@ class MegaBlock(nn.Module):
         mixed = torch.addcmul(x, update, candidate - x)
         return mixed if self.pre_norm else self.normalization(mixed)
 
-    def gates(
-        self, averaged: Tensor, linear: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """u, query, key, r, h from the EMA's output; queries and keys are made from one projection.
-
-        `linear` runs a layer on its input.
-        """
-        update, z_r, intermediate = linear(self.proj_mx, averaged).split(self.split_sizes, dim=-1)
+    def gates(self, averaged: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """u, query, key, r, h from the EMA's output; queries and keys are made from one projection."""
+        update, z_r, intermediate = self.proj_mx(averaged).split(self.split_sizes, dim=-1)
         z, r = self.activation(z_r).split([self.qk_size, self.v_size], dim=-1)
         query, key = (z.unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)
         return torch.sigmoid(update), query, key, r, intermediate

@@ -1,4 +1,4 @@
-"""A step of fixed shapes, recorded once and replayed: on a GPU one launch in place of some two hundred.
+"""A step of fixed shapes, recorded once and replayed: on a GPU one launch in place of one for each operation.
 
 A CUDA graph repeats its kernels with the addresses and shapes it was recorded with. So a step's inputs are copied to
 where the recorded one reads them, filled up to the next of a few sizes: places no hypothesis has, labels nobody sees.

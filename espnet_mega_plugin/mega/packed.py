@@ -8,8 +8,8 @@ memory's speed. The 51 MB of the default size's layers, in ms, plain and through
     1 thread   5.2 | 4.6  7.8 | 4.5  9.0 | 3.8  7.3 | 3.5  10.5 | 7.1   32.6 | 25.8
     2 threads  4.8 | 2.5  6.5 | 4.3  7.9 | 3.7  5.5 | 3.6   7.8 | 5.3   23.3 | 15.6     torch 2.12.1, AMD EPYC
 
-One or two rows gain nothing from packing on one thread (5.1 ms); where the library is MKL they run as two columns
-behind the plain weights, a single one doubled.
+One or two rows gain little from packing on one thread; where the library is MKL they run as two columns behind the
+plain weights, a single one doubled.
 
 The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
 freezes weights); where a build of torch lacks it, the layers run as they are.

@@ -192,7 +192,8 @@ def _put(tensor: Tensor, index: Tensor, value: Tensor) -> None:
         # too large for this type: that prefix is lost, but what takes its place later meets it with a weight of 0,
         # and 0 * inf is NaN
         value = torch.nan_to_num(value)
-    tensor.flatten(1, 2).index_copy_(1, index, value)
+    blocks, utterances, places, *rest = tensor.shape
+    tensor.view(blocks, utterances * places, *rest).index_copy_(1, index, value)  # a view, or nothing would be kept
 
 
 def _larger(tensor: Tensor, utterances: int, places: int) -> Tensor:
