@@ -7,6 +7,7 @@ own memory; where the weights never changed, also `forward` over the whole prefi
 import copy
 import gc
 import pickle
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from espnet_mega_plugin.mega.packed import PackedLayers
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
 from espnet_mega_plugin.mega.state import MegaMemory
-from espnet_mega_plugin.mega.step import Past, step
+from espnet_mega_plugin.mega.step import Constants, Past, step
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = {"block_size": 12, "linear_size": 10, "qk_size": 6, "v_size": 14, "num_heads": 2, "num_blocks": 2}
@@ -358,6 +359,29 @@ def test_two_threads_with_one_decoder(search_type, seed):
     for i, want in enumerate(alone):
         assert [labels for labels, _ in found[i]] == [labels for labels, _ in want]
         assert [score for _, score in found[i]] == pytest.approx([score for _, score in want], rel=1e-9)
+
+
+def test_threads_share_what_the_weights_mean_for_a_step(seed):
+    """Whoever asks first makes the table of biases; nobody meets half of it."""
+    network, between = decoder(seed=seed), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            constants, begin, found = Constants(network), threading.Barrier(6), []
+
+            def ask(n, constants=constants, begin=begin, found=found):
+                begin.wait()
+                for distances in (n, 60 + 100 * n, n):
+                    found.append(constants.bias(network, distances).shape[1] > distances)
+
+            threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, 7)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [True] * 18
+    finally:
+        sys.setswitchinterval(between)
 
 
 def test_a_replica_of_data_parallel_remembers_for_itself(seed):

@@ -130,6 +130,8 @@ class MegaBlock(nn.Module):
         if bands:
             key, value = with_labels_before(key), with_labels_before(value)
         bias = band(self.rel_pos_bias, C) if bands else self.rel_pos_bias.matrix(C)
+        # Written out, on a GPU too: of a default block's multiplications at 64 labels these two products are 2 %
+        # (64 * 1,152 of 3.3 million a label), so there is next to nothing for a fused kernel to save
         scores = torch.matmul(query * self.scaling, key.transpose(2, 3)) + bias
         weights = softmax(scores.masked_fill(hidden, float("-inf")))
         attended = torch.matmul(self.dropout_attn(weights), value).view(B, chunks * C, self.v_size)[:, :L]

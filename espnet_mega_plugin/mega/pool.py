@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from espnet_mega_plugin.mega.block import softmax
+from espnet_mega_plugin.mega.places import Dense, Pieces, Slots, fitting
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.step import Constants, step
 
@@ -35,15 +36,12 @@ class MegaPool:
             constants: of the weights as they are now; a network whose weights change needs a new pool.
         """
         self.network, self.constants = network, constants
-        weight = network.embed.weight
-        self.exact = at_least_float32(weight.dtype)
-        blocks, D = network.num_blocks, network.output_size
-        width = network.mega_att_k_size + network.mega_att_v_size
-        self.keys_values = weight.new_zeros(blocks, 0, 0, width)  # (blocks, B, N, S + E)
-        if network.truncation_length is None:
-            self.ema = weight.new_zeros(blocks, 0, 0, network.mega_ema_num_heads, D, dtype=self.exact)
-        else:
-            self.inputs = weight.new_zeros(blocks, 0, 0, D, dtype=self.exact)  # (blocks, B, N, D)
+        self.exact = at_least_float32(network.embed.weight.dtype)
+        self._room = 0, 0, 0  # utterances, nodes, leaves
+        # Made for the first rows, whose form tells which: dense where shapes are fixed
+        self.keys_values: Dense | Pieces | None = None  # by node. (S + E,)
+        self.ema: Dense | Slots | None = None  # by leaf, without a truncation length. (H, D)
+        self.inputs: Dense | Slots | None = None  # by node, with one. (D,)
 
     @property
     def reach(self) -> int | None:
@@ -55,63 +53,70 @@ class MegaPool:
 
     @property
     def bytes(self) -> int:
-        held = [self.keys_values, self.ema if self.network.truncation_length is None else self.inputs]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(held.bytes for held in (self.keys_values, self.ema, self.inputs) if held is not None)
 
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
-        self.keys_values = _larger(self.keys_values, utterances, nodes)
-        if self.network.truncation_length is None:
-            self.ema = _larger(self.ema, utterances, leaves)
+        self._room = utterances, nodes, leaves
+        for held, places in ((self.keys_values, nodes), (self.ema, leaves), (self.inputs, nodes)):
+            if held is not None:
+                held.reserve(utterances, places)
+
+    def _open(self, fixed_shapes: bool) -> None:
+        network, weight = self.network, self.network.embed.weight
+        exact = weight.new_empty(0, dtype=self.exact)
+        width = network.mega_att_k_size + network.mega_att_v_size
+        ordered, any_order = (Dense, Dense) if fixed_shapes else (Pieces, Slots)
+        self.keys_values = ordered(network.num_blocks, (width,), weight)
+        if network.truncation_length is None:
+            self.ema = any_order(network.num_blocks, (network.mega_ema_num_heads, network.output_size), exact)
         else:
-            self.inputs = _larger(self.inputs, utterances, nodes)
+            self.inputs = any_order(network.num_blocks, (network.output_size,), exact)
+        self.reserve(*self._room)
 
     @torch.no_grad()
     def extend(self, rows, tree) -> Tensor:
         """The decoder's output after each new prefix. (R, D)"""
         network = self.network
+        if self.keys_values is None:
+            self._open(fixed_shapes=rows.valid is not None)
         padding = None
         if network.pad_idx != 0:  # a search never takes label 0, which is blank, but in front
             padding = (rows.label == network.pad_idx) & (rows.parent >= 0)
-        past = _PoolPast(self, rows, tree)
+        past = (_PiecesPast if rows.valid is None else _DensePast)(self, rows, tree)
         out, fresh = step(network, self.constants, rows.label, padding, past)
-        if network.truncation_length is None:
-            _put(self.ema, _index(self.ema, rows.utterance, rows.leaf, rows.valid), torch.stack(fresh.ema))
+        if self.inputs is not None:
+            self.inputs.put(rows.utterance, rows.node, torch.stack(fresh.inputs), rows.valid)
         else:
-            _put(self.inputs, _index(self.inputs, rows.utterance, rows.node, rows.valid), torch.stack(fresh.inputs))
+            self.ema.put(rows.utterance, rows.leaf, torch.stack(fresh.ema), rows.valid)
         return out
 
+    def clear(self, utterance: int) -> None:
+        for held in (self.keys_values, self.ema, self.inputs):
+            if held is not None:
+                held.clear(utterance)
+
     def move_nodes(self, kept: Tensor) -> None:
-        _move(self.keys_values, kept)
-        if self.network.truncation_length is not None:
-            _move(self.inputs, kept)
+        for held in (self.keys_values, self.inputs):
+            if held is not None:
+                held.move(kept)
 
     def move_leaves(self, kept: Tensor) -> None:
-        if self.network.truncation_length is None:
-            _move(self.ema, kept)
+        if self.ema is not None:
+            self.ema.move(kept)
 
 
-class _PoolPast:
+class _Past:
     """What new prefixes go on from; takes `step.Past`'s place."""
 
     def __init__(self, pool: MegaPool, rows, tree):
         self.pool, self.rows = pool, rows
         network = pool.network
-        at_start = rows.parent < 0
         if network.truncation_length is None:
-            before = _index(pool.ema, rows.utterance, rows.parent_leaf.clamp(min=0), None)
-            ema = pool.ema.flatten(1, 2).index_select(1, before)
-            self.ema, self.inputs = ema.masked_fill_(at_start[:, None, None], 0.0), None
+            ema = pool.ema.get(rows.utterance, rows.parent_leaf.clamp(min=0))
+            self.ema, self.inputs = ema.masked_fill_((rows.parent < 0)[:, None, None], 0.0), None
         else:
             self.ema, self.inputs = None, self._inputs_before(tree, network.truncation_length - 1)
-        self.index = _index(pool.keys_values, rows.utterance, rows.node, rows.valid)
-
         self.nodes = n = tree.used_nodes
-        if rows.valid is not None:
-            self.groups = None  # as many rows of each utterance, in order
-        else:
-            count, held = torch.bincount(rows.utterance).tolist(), tree.node_count.tolist()
-            ends = itertools.accumulate(count)
-            self.groups = [(b, end - k, end, held[b]) for b, (k, end) in enumerate(zip(count, ends, strict=True)) if k]
         distance, hidden = self._seen(tree, n)
         # within n labels without gaps no distance is larger; with a reach none that is seen is
         farthest = n if pool.reach is None else max(n, pool.reach)
@@ -147,71 +152,58 @@ class _PoolPast:
         lag = tree.depth[b, i][:, None] - tree.depth[b, :n]
         count = min(count, n)
         if count == 0:
-            return self.pool.inputs.new_zeros(self.pool.inputs.shape[0], len(i), 0, self.pool.inputs.shape[-1])
+            inputs = self.pool.inputs.tensor
+            return inputs.new_zeros(inputs.shape[0], len(i), 0, inputs.shape[-1])
         above = tree.lineage[b, i, :n] & (lag >= 1) & (lag <= count)
         # each ancestor's place in the window; all others share a place more, which is cut off
         column = torch.where(above, count - lag, count)
         source = torch.full((len(i), count + 1), -1, device=lag.device)
         source.scatter_(1, column, torch.arange(n, device=lag.device).expand_as(column))
         source = source[:, :count]
-        inputs = self.pool.inputs[:, b[:, None], source.clamp(min=0)]
-        return inputs.masked_fill((source < 0)[..., None], 0.0)
+        inputs = self.pool.inputs.get(b.repeat_interleave(count), source.flatten().clamp(min=0))
+        return inputs.unflatten(1, source.shape).masked_fill_((source < 0)[..., None], 0.0)
+
+
+class _DensePast(_Past):
+    """As many rows of each utterance, in order, whether they count or not."""
+
+    def __init__(self, pool: MegaPool, rows, tree):
+        super().__init__(pool, rows, tree)
+        self.index = pool.keys_values.index(rows.utterance, rows.node, rows.valid)
 
     def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
-        S, held, bias = query.shape[1], self.pool.keys_values[b], self.bias[b].to(dtype)
-        _put(held[None], self.index, key_value[None])
-        held, query = held.to(dtype), query.to(dtype)
-        if self.groups is None:
-            B = held.shape[0]
-            bias, query = (x.view(B, -1, x.shape[-1]) for x in (bias, query))
-            held = held[:, : self.nodes]
-            scores = torch.baddbmm(bias, query, held[..., :S].transpose(1, 2))
-            return torch.bmm(softmax(scores), held[..., S:]).flatten(0, 1)
-        # One utterance after the other: each reads its own nodes alone, and many have no row in a step
-        attended = query.new_empty(len(query), held.shape[-1] - S)
-        for utterance, begin, end, n in self.groups:
-            keys, values = held[utterance, :n, :S], held[utterance, :n, S:]
-            scores = torch.addmm(bias[begin:end, :n], query[begin:end], keys.T)
-            torch.mm(softmax(scores), values, out=attended[begin:end])
+        S, keys_values = query.shape[1], self.pool.keys_values
+        keys_values.put_in_block(b, self.index, key_value)
+        held = keys_values.tensor[b, :, : self.nodes].to(dtype)
+        bias, query = (x.to(dtype).view(held.shape[0], -1, x.shape[-1]) for x in (self.bias[b], query))
+        scores = torch.baddbmm(bias, query, held[..., :S].transpose(1, 2))
+        return torch.bmm(softmax(scores), held[..., S:]).flatten(0, 1)
+
+
+class _PiecesPast(_Past):
+    """Rows that count alone, in the order of their utterances: each reads its own nodes, and many have none."""
+
+    def __init__(self, pool: MegaPool, rows, tree):
+        for utterance in rows.utterance[rows.parent < 0].tolist():  # begins anew: what it held is needed no more
+            pool.clear(utterance)
+        super().__init__(pool, rows, tree)
+        count, held = torch.bincount(rows.utterance).tolist(), tree.node_count.tolist()
+        ends = itertools.accumulate(count)
+        self.groups = []
+        for utterance, (k, end) in enumerate(zip(count, ends, strict=True)):
+            if k:
+                pool.keys_values.fit(utterance, held[utterance])
+                rows_of = slice(end - k, end)
+                self.groups.append((utterance, rows_of, rows.node[rows_of], held[utterance]))
+
+    def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
+        S, bias, query = query.shape[1], self.bias[b].to(dtype), query.to(dtype)
+        key_value = fitting(key_value, self.pool.keys_values.dtype)
+        attended = query.new_empty(len(query), key_value.shape[1] - S)
+        for utterance, rows_of, node, n in self.groups:
+            held = self.pool.keys_values.of[utterance][b]
+            held.index_copy_(0, node, key_value[rows_of])
+            held = held[:n].to(dtype)
+            scores = torch.addmm(bias[rows_of, :n], query[rows_of], held[:, :S].T)
+            torch.mm(softmax(scores), held[:, S:], out=attended[rows_of])
         return attended
-
-
-def _index(tensor: Tensor, utterance: Tensor, place: Tensor, valid: Tensor | None) -> Tensor:
-    """Where rows are in a tensor whose utterances stand one after the other."""
-    places = tensor.shape[2]
-    if valid is not None:
-        place = torch.where(valid, place, places - 1)  # the last place is nobody's where there is `valid`
-    return torch.add(place, utterance, alpha=places)
-
-
-def _put(tensor: Tensor, index: Tensor, value: Tensor) -> None:
-    """(blocks, B, places, ...), (R,), (blocks, R, ...)"""
-    if value.dtype != tensor.dtype:
-        value = value.to(tensor.dtype)
-    if tensor.dtype == torch.float16:
-        # too large for this type: that prefix is lost, but what takes its place later meets it with a weight of 0,
-        # and 0 * inf is NaN
-        value = torch.nan_to_num(value)
-    blocks, utterances, places, *rest = tensor.shape
-    tensor.view(blocks, utterances * places, *rest).index_copy_(1, index, value)  # a view, or nothing would be kept
-
-
-def _larger(tensor: Tensor, utterances: int, places: int) -> Tensor:
-    _, B, N, *rest = tensor.shape
-    if utterances <= B and places <= N:
-        return tensor
-    larger = tensor.new_zeros(tensor.shape[0], max(B, utterances), max(N, places), *rest)
-    larger[:, :B, :N] = tensor
-    return larger
-
-
-def _move(tensor: Tensor, kept: Tensor) -> None:
-    B, n = kept.shape
-    place = torch.arange(n, device=kept.device)
-    # what all hypotheses have in common stays where it is, and that is most of it
-    still = int((kept == place).all(0).cumprod(0).sum()) if B else n
-    if still == n:
-        return
-    utterance = torch.arange(B, device=kept.device)[:, None]
-    for block in tensor:
-        block[:B, still:n] = block[utterance, kept[:, still:]]

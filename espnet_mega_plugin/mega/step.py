@@ -86,17 +86,16 @@ class Constants:
             (block.qk_weight * s, block.qk_bias * s) for (block, _), s in zip(network.mega_blocks, scale, strict=True)
         ]
         self.linear = PackedLayers(network)
-        self._distances = 0
-        self._bias = None
+        self._bias = None  # longer each time more is asked for; set whole, because threads share it
 
     def bias(self, network: MegaNetwork, distances: int) -> Tensor:
         """Position bias of each block for the distances 0 .. at least distances - 1, and -inf at last: what is not
         seen. (blocks, > distances)"""
-        if distances > self._distances:
-            self._distances = max(64, 2 * distances)
-            by_block = [block.rel_pos_bias.by_distance(self._distances) for block, _ in network.mega_blocks]
-            self._bias = torch.nn.functional.pad(torch.stack(by_block), (0, 1), value=float("-inf"))
-        return self._bias
+        table = self._bias
+        if table is None or distances >= table.shape[1]:
+            by_block = [block.rel_pos_bias.by_distance(max(64, 2 * distances)) for block, _ in network.mega_blocks]
+            self._bias = table = torch.nn.functional.pad(torch.stack(by_block), (0, 1), value=float("-inf"))
+        return table
 
 
 def step(

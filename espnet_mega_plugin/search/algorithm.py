@@ -16,8 +16,6 @@ from espnet_mega_plugin.search.joint import Joint
 from espnet_mega_plugin.search.predictions import Predictions
 from espnet_mega_plugin.search.tree import LabelTree
 
-ROUNDS = 4  # that fit, at the least, between two times the tree is cleared
-
 
 class Algorithm:
     """The hypotheses of a batch; a subclass has `advance`, which goes on as far as the frames reach."""
@@ -48,21 +46,17 @@ class Algorithm:
         """None: nothing was left out for want of places in tensors of fixed shapes."""
         return None
 
-    def forget_traces(self, closed: Tensor) -> None:
-        """Drop the record of what leads to no hypothesis any more. closed: utterances without one. (B,) bool"""
-        there = self.hypotheses.there & ~closed[:, None]
-        self.hypotheses = self.hypotheses._replace(entry=self.traces.compacted(self.hypotheses.entry, there))
+    def forget_traces(self) -> None:
+        """Drop the record of what leads to no hypothesis any more."""
+        hypotheses = self.hypotheses
+        self.hypotheses = hypotheses._replace(entry=self.traces.compacted(hypotheses.entry, hypotheses.there))
 
     def _make_room(self, most: int) -> None:
         """For so many labels an utterance. Renumbers the nodes of `self.hypotheses`."""
-        tree, live = self.tree, self.hypotheses
-        nodes, leaves = tree.used_nodes, tree.used_leaves
-        self.hypotheses = live._replace(node=tree.make_room(most, most, live.node, live.there))
-        # What is cleared away are the prefixes most likely to be asked for again: it has to be seldom
-        tree.reserve(
-            ROUNDS * most if tree.used_nodes < nodes else 0,
-            ROUNDS * most if tree.used_leaves < leaves else 0,
-        )
+        live = self.hypotheses
+        # Each frame asks for much of what the one before it asked for
+        node = self.tree.make_room(most, most, live.node, live.there, again=2 * most)
+        self.hypotheses = live._replace(node=node)
 
     def _projected(self, node: Tensor) -> Tensor:
         """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""

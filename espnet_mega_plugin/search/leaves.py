@@ -23,12 +23,12 @@ class PlaceTensor:
     def reserve(self, utterances: int, places: int) -> None:
         self._room = utterances, places
         if self.table is not None:
-            self.table = self._larger(self.table)
+            self.table = larger(self.table, *self._room)
 
     def put(self, rows: Rows, place: Tensor, value: Tensor) -> None:
         """Where rows count, `place` of their utterances holds this from now on. (R,), (R, *shape)"""
         if self.table is None:
-            self.table = self._larger(value.new_zeros(0, 0, *self._shape))
+            self.table = larger(value.new_zeros(0, 0, *self._shape), *self._room)
         put(self.table, rows.utterance, place, value, rows.valid)
 
     def of_parents(self, rows: Rows, like: Tensor) -> Tensor:
@@ -45,14 +45,6 @@ class PlaceTensor:
             B, n = kept.shape
             utterance = torch.arange(B, device=kept.device)[:, None]
             self.table[:B, :n] = self.table[utterance, kept]
-
-    def _larger(self, table: Tensor) -> Tensor:
-        B, N = table.shape[:2]
-        if B >= self._room[0] and N >= self._room[1]:
-            return table
-        larger = table.new_zeros(max(B, self._room[0]), max(N, self._room[1]), *self._shape)
-        larger[:B, :N] = table
-        return larger
 
 
 class NewPrefix(NamedTuple):
@@ -98,6 +90,16 @@ class LeafObjects:
         """Leaf i of utterance b now holds what was at kept[b, i]. (B, n)"""
         for held, places in zip(self._held, kept.tolist(), strict=False):
             held[:] = [held[place] for place in places] + [None] * (len(held) - len(places))
+
+
+def larger(table: Tensor, utterances: int, places: int) -> Tensor:
+    """The same with room for so many, zeros where nothing was; the table itself where there is room. (B, N, ...)"""
+    B, N, *row = table.shape
+    if B >= utterances and N >= places:
+        return table
+    out = table.new_zeros(max(B, utterances), max(N, places), *row)
+    out[:B, :N] = table
+    return out
 
 
 def own(state: Any, dtype: torch.dtype | None = None) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from espnet_mega_plugin.search.joint import Joint
+from espnet_mega_plugin.search.leaves import larger
 from espnet_mega_plugin.search.scorer import Fusion, LabelScorer, Rows
 from espnet_mega_plugin.search.tree import LabelTree, put
 
@@ -35,20 +36,20 @@ class Predictions:
             scorer.reserve(utterances, nodes, leaves)
         self._room = utterances, leaves
         if self.projected is not None:
-            self.projected = self._larger(self.projected)
+            self.projected = larger(self.projected, *self._room)
         if self.bonus is not None:
-            self.bonus = self._larger(self.bonus)
+            self.bonus = larger(self.bonus, *self._room)
 
     def extend(self, rows: Rows, tree: LabelTree) -> None:
         projected = self._joint.prefixes(self._decoder.extend(rows, tree))
         if self.projected is None:
-            self.projected = self._larger(projected.new_zeros(0, 0, projected.shape[-1]))
+            self.projected = larger(projected.new_zeros(0, 0, projected.shape[-1]), *self._room)
         put(self.projected, rows.utterance, rows.leaf, projected, rows.valid)
         if self._fusion:
             scores = [(fused.weight, fused.scorer.extend(rows, tree)) for fused in self._fusion]
             bonus = sum(weight * score.to(torch.promote_types(score.dtype, torch.float32)) for weight, score in scores)
             if self.bonus is None:
-                self.bonus = self._larger(bonus.new_zeros(0, 0, bonus.shape[-1]))
+                self.bonus = larger(bonus.new_zeros(0, 0, bonus.shape[-1]), *self._room)
             put(self.bonus, rows.utterance, rows.leaf, bonus, rows.valid)
 
     def final(self, utterance: Tensor, leaf: Tensor) -> Tensor | float:
@@ -67,9 +68,3 @@ class Predictions:
         for table in (self.projected, self.bonus):
             if table is not None:
                 table[: kept.shape[0], : kept.shape[1]] = table[utterance, kept]
-
-    def _larger(self, table: Tensor) -> Tensor:
-        B, M = self._room
-        larger = table.new_zeros(max(B, table.shape[0]), max(M, table.shape[1]), table.shape[2])
-        larger[: table.shape[0], : table.shape[1]] = table
-        return larger

@@ -49,7 +49,7 @@ class LabelScorer(Protocol):
         """
 
     def move_nodes(self, kept: Tensor) -> None:
-        """Place i of utterance b now holds what was at kept[b, i]. (B, n) int64"""
+        """Place i of utterance b now holds what was at kept[b, i]; 0 where it holds nothing. (B, n) int64"""
 
     def move_leaves(self, kept: Tensor) -> None:
         """Likewise. (B, m) int64"""

@@ -274,20 +274,24 @@ class Streams:
                 "ones were left out. A smaller expansion_gamma or nstep, or a larger beam_size, avoids that."
             )
         if search.traces.used > self._tidy_at:
-            closed = torch.ones(len(count), dtype=torch.bool)
-            closed[list(self._places.values())] = False
-            search.forget_traces(closed.to(batch.device))
+            search.forget_traces()
             self._tidy_at = max(TIDY, 2 * search.traces.used)
 
     def partial(self, stream: int) -> list[Hypothesis]:
         """The n-best list so far, best first; a list of its own that later frames do not change."""
         return self._options._nbest(self._search, [self._place(stream)], final=False)[0]
 
+    @_outside_inference_mode
     def close(self, stream: int) -> list[Hypothesis]:
         """End a stream; its n-best list."""
-        place = self._place(stream)
+        place, search = self._place(stream), self._search
+        found = self._options._nbest(search, [place], final=True)[0]
         del self._places[stream]
-        return self._options._nbest(self._search, [place], final=True)[0]
+        there = search.hypotheses.there.clone()
+        there[place] = False
+        search.hypotheses = search.hypotheses._replace(there=there)
+        search.tree.less_is_needed()
+        return found
 
     def _place(self, stream: int) -> int:
         if stream not in self._places:

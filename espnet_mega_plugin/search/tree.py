@@ -5,9 +5,9 @@ B utterances, N nodes and M leaves an utterance has room for, C prefixes asked f
 Equal label sequences are one node: `find` looks a prefix up by its parent and last label before a new one is made. So
 two hypotheses have the same labels where they have the same node, and what a scorer keeps of a prefix is there once.
 
-Nodes and leaves are handed out in order. When the room is used up, `compact` moves what hypotheses still need to the
-front (their ancestors for the nodes, they themselves for the leaves) and tells the scorers. That is the only place
-that needs to know how many there are; on a GPU it is a wait for the device, once in many frames.
+Nodes and leaves are handed out in order. When many are needed no more (on a GPU, where counting them means waiting for
+it: when the room is used up), those that hypotheses still need move to the front (their ancestors for the nodes, they
+themselves for the leaves), and the scorers are told.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from espnet_mega_plugin.search.scorer import LabelScorer, Rows
 START = 0  # node of the start label
 APART = 4  # times that room is made before a GPU is waited for: what was taken is known only as the most it can be
 STEP = 16  # nodes by which the room of an utterance grows
+# How many there may be before what is needed no more is given up: so many times those that were needed the last time,
+# and so many more for each utterance, for FEW where they are fewer. With smaller numbers prefixes are made a second
+# time that were just given up; larger ones take memory: a node of the default MEGA 18 KiB, a leaf 32
+NODES, LEAVES, FEW = (1.0625, 24), (1.25, 8), 4
 
 
 class LabelTree:
@@ -33,6 +37,7 @@ class LabelTree:
         self.device, self.scorers, self.reach = device, scorers, reach
         self.utterances, self.nodes, self.leaves = utterances, 0, 0
         self._used_before = self._most_taken = 0, 0  # nodes and leaves
+        self._needed_nodes = self._needed_leaves = 0  # of all utterances, when others were given up
         self.used_nodes = self.used_leaves = 0  # the most any utterance has taken, or more: known without asking
         # Fixed shapes: rows are never picked out by a mask, because their number would have to be read from the device
         self.fixed_shapes = device.type != "cpu"
@@ -157,16 +162,29 @@ class LabelTree:
 
     # --- room -------------------------------------------------------------------------------------------------------
 
-    def make_room(self, nodes: int, leaves: int, live: Tensor, wanted: Tensor) -> Tensor:
+    def make_room(self, nodes: int, leaves: int, live: Tensor, wanted: Tensor, again: int = 0) -> Tensor:
         """Room for so many more of both, by giving up what is needed no more, or by growing.
 
         Args:
             live: nodes of the hypotheses in hand. (B, H)
             wanted: false where there is none. (B, H) bool
+            again: prefixes of an utterance that no hypothesis needs and that may soon be asked for all the same.
 
         Returns:
             live: the same nodes by their new numbers. (B, H)
         """
+        if not self.fixed_shapes:
+            # no more than there are: an utterance may have begun anew since
+            self._needed_nodes = min(self._needed_nodes, int(self.node_count.sum()))
+            self._needed_leaves = min(self._needed_leaves, int(self.leaf_count.sum()))
+            if self._many(self.node_count, self._needed_nodes, NODES, again):
+                live = self._compact_nodes(live, wanted)
+                self._needed_nodes = int(self.node_count.sum())
+            if self._many(self.leaf_count, self._needed_leaves, LEAVES, again):
+                self._compact_leaves(live, wanted)
+                self._needed_leaves = int(self.leaf_count.sum())
+            self.reserve(nodes, leaves)
+            return live
         # Taken between two calls so far: with as much room, nothing has to grow while hypotheses are not in hand
         since = self._used_before
         self._most_taken = (
@@ -174,21 +192,28 @@ class LabelTree:
             max(self._most_taken[1], self.used_leaves - since[1]),
         )
         nodes, leaves = max(nodes, self._most_taken[0]), max(leaves, self._most_taken[1])
-        if self.fixed_shapes and not self._used_before[0]:  # at first: nothing to give up yet
+        if not self._used_before[0]:  # at first: nothing to give up yet
             self.reserve(APART * nodes, APART * leaves)
-        apart = APART if self.fixed_shapes else 1
         if self.used_nodes + nodes + self.spare > self.nodes:
             live = self._compact_nodes(live, wanted)
-            self.reserve(apart * nodes, 0)
+            self.reserve(APART * nodes, 0)
         if self.used_leaves + leaves + self.spare > self.leaves:
             self._compact_leaves(live, wanted)
-            self.reserve(0, max(2, apart) * leaves)
+            self.reserve(0, APART * leaves)
         self._used_before = self.used_nodes, self.used_leaves
         return live
 
+    def less_is_needed(self) -> None:
+        """Hypotheses are gone: where many prefixes are left, the next `make_room` gives up those of these."""
+        self._needed_nodes = self._needed_leaves = 0
+
+    def _many(self, count: Tensor, needed: int, most: tuple[float, int], again: int) -> bool:
+        times, more = most
+        return int(count.sum()) > times * needed + max(more, again) * max(FEW, self.utterances)
+
     def _compact_nodes(self, live: Tensor, wanted: Tensor) -> Tensor:
         index = live.clamp(min=0)
-        lines = self.lineage.gather(1, index[..., None].expand(-1, -1, self.nodes)) & wanted[..., None]
+        lines = self.lineage[self._place, index] & wanted[..., None]
         if self.reach is not None:
             depth = self.depth.gather(1, index)
             shallowest = depth.masked_fill(~wanted, torch.iinfo(depth.dtype).max).amin(1)
@@ -215,8 +240,7 @@ class LabelTree:
         self.label, self.depth = moved(self.label, 0), moved(self.depth, 0)
         self.leaf = moved(self.leaf, -1)
         lineage = torch.zeros_like(self.lineage)
-        rows = self.lineage.gather(1, kept[..., None].expand(-1, -1, self.nodes))
-        rows = rows.gather(2, kept[:, None].expand(-1, used, -1))
+        rows = self.lineage[self._place, kept].gather(2, kept[:, None].expand(-1, used, -1))
         lineage[:, :used, :used] = rows & ~(free[..., None] | free[:, None])
         self.lineage = lineage
         owner = self.owner.clamp(min=0)
@@ -225,7 +249,7 @@ class LabelTree:
         self.node_count = keep.sum(1)
         self.used_nodes = used
         for scorer in self.scorers:
-            scorer.move_nodes(kept)
+            scorer.move_nodes(kept.masked_fill(free, START))
         return torch.where(wanted, old_to_new.gather(1, index), live)
 
     def _compact_leaves(self, live: Tensor, wanted: Tensor) -> None:
@@ -248,7 +272,7 @@ class LabelTree:
         self.leaf_count = keep.sum(1)
         self.used_leaves = used
         for scorer in self.scorers:
-            scorer.move_leaves(kept)
+            scorer.move_leaves(kept.masked_fill(free, 0))
 
     def _grow(self, nodes: int, leaves: int) -> None:
         more_nodes, more_leaves = nodes - self.nodes, leaves - self.leaves
@@ -273,7 +297,7 @@ def put(tensor: Tensor, utterance: Tensor, place: Tensor, value: Tensor, valid: 
 
 
 def _room(now: int, need: int, step: int) -> int:
-    """Doubled while it is small; then in steps, because a node of a large model is 18 KiB and a leaf 32."""
+    """Doubled while it is small; then in steps."""
     if need <= now:
         return now
     return max(2 * now if now < 4 * step else 0, -(-need // step) * step)

@@ -248,7 +248,9 @@ class SequenceScorer:
             else:
                 sequences[-1] = (*self.nodes[b][parent], label)
                 assert self.leaves[b][parent_leaf] == self.nodes[b][parent]
-                self.seen["scored again"] += self.nodes[b][node] == sequences[-1]
+                if self.nodes[b][node] == sequences[-1]:
+                    assert sequences[-1] not in self.leaves[b], "scored again, though its leaf was not given up"
+                    self.seen["scored again"] += 1
             assert (b, node) not in nodes and (b, leaf) not in leaves
             nodes[b, node] = leaves[b, leaf] = sequences[-1]
         for kept, written in ((self.nodes, nodes), (self.leaves, leaves)):  # now: no row is the parent of another
@@ -267,6 +269,10 @@ class SequenceScorer:
     @staticmethod
     def _moved(all_places, kept):
         assert len(kept) == len(all_places)
+        for which in kept.tolist():
+            while len(which) > 1 and which[-1] == 0:  # holds nothing
+                which.pop()
+            assert which == sorted(set(which)), f"in their order, then 0: {kept}"
         return [
             [places[old] for old in which] + [None] * (len(places) - len(which))
             for places, which in zip(all_places, kept.tolist(), strict=True)

@@ -32,7 +32,7 @@ def test_pieces_of_any_size_are_the_whole(search_type):
         assert_same([streams.close(stream)], [whole])
 
 
-def play(problem, options, most_at_once: int) -> None:
+def assert_streams_are_searches(problem, options, most_at_once: int) -> None:
     """Each utterance is a stream, several of them at once, each coming, pushing and leaving when it likes. What one has
     so far is what a search over its frames so far gives; that it stays what it was."""
     search = problem.search(options, window=random.choice(WINDOWS))
@@ -68,13 +68,13 @@ def test_streams_come_and_go(search_type, monkeypatch):
     monkeypatch.setattr(search_module, "TIDY", 30)  # the record is cleared many times
     for _ in range(2):
         problem = tabled_problem([random.choice((0, 1, 5, 10)) for _ in range(8)])
-        play(problem, random_options(search_type, problem.V), most_at_once=4)
+        assert_streams_are_searches(problem, random_options(search_type, problem.V), most_at_once=4)
 
 
 @pytest.mark.parametrize("kind", ["simple", "rotary-truncated", "chunk", "window", "stateless", "lstm"])
 def test_streams_come_and_go_over_networks(kind):
     problem = network_problem(kind, [8, 3, 0, 6])
-    play(problem, random_options("maes", problem.V, beam_size=3) | {"nstep": 2}, most_at_once=3)
+    assert_streams_are_searches(problem, random_options("maes", problem.V, beam_size=3) | {"nstep": 2}, most_at_once=3)
 
 
 @pytest.mark.parametrize("search_type", TYPES)
@@ -82,10 +82,34 @@ def test_streams_come_and_go_with_fixed_shapes(search_type):
     problem = tabled_problem([random.choice((0, 1, 5)) for _ in range(6)])
     options = random_options(search_type, problem.V, beam_size=2) | {"nstep": 2}
     with fixed_shapes():
-        play(problem, options, most_at_once=3)
+        assert_streams_are_searches(problem, options, most_at_once=3)
     problem = network_problem("simple", [5, 3])
     with fixed_shapes():
-        play(problem, options | {"expansion_beta": 0}, most_at_once=2)
+        assert_streams_are_searches(problem, options | {"expansion_beta": 0}, most_at_once=2)
+
+
+def test_a_stream_that_ended_leaves_nothing_behind():
+    """The one after a long stream, in its place or in another, takes no more memory than it does alone."""
+    problem = network_problem("simple", [300, 40], seed=0)  # the first one has labels enough
+    search = problem.search({"search_type": "maes", "beam_size": 3, "expansion_gamma": 5.0})
+
+    def bytes_after(streams, stream) -> int:
+        for piece in problem.utterance(1).split(4):
+            streams.push({stream: piece})
+        return streams._search.predictions._decoder.bytes
+
+    alone = search.streams()
+    needed = bytes_after(alone, alone.open())
+    for waits in (False, True):
+        streams = search.streams()
+        long = [streams.open() for _ in range(6)]
+        streams.push(dict.fromkeys(long, problem.utterance(0)))
+        peak = streams._search.predictions._decoder.bytes
+        other = streams.open() if waits else None
+        for stream in long:
+            streams.close(stream)
+        found = bytes_after(streams, other if waits else streams.open())
+        assert found <= 3 * needed < peak / 2, (found, needed, peak)
 
 
 def test_a_stream_without_frames_has_the_start_alone():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from search_oracles import SequenceScorer
 
-from espnet_mega_plugin.search.tree import START, LabelTree
+from espnet_mega_plugin.search.tree import FEW, LEAVES, NODES, START, LabelTree
 
 UTTERANCES, BEAM, WIDTH, LABELS, FRAMES = 3, 4, 5, 2, 60
 CPU = torch.device("cpu")
@@ -147,9 +147,22 @@ def test_what_a_scorer_keeps_is_found_again(fixed_shapes, reach):
     assert all(play.scorer.seen.values()), play.scorer.seen  # the play had all that can happen in it
 
 
-@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["cpu", "fixed"])
-def test_room_made_in_advance_moves_nothing(fixed_shapes):
-    play = Play(fixed_shapes, None)
+def test_little_is_kept_that_is_not_needed():
+    """Where counting costs nothing: a few prefixes an utterance beyond those that hypotheses stand on or go through."""
+    play, most, few = Play(False, None), 0, max(FEW, UTTERANCES)
+    play.begin([True] * UTTERANCES)
+    for _ in range(FRAMES):
+        play.frame()
+        play.make_room()
+        needed = [{sequence[:n] for sequence in some for n in range(len(sequence) + 1)} for some in play.hypotheses]
+        most = max(most, sum(map(len, needed)))  # needed when others were given up, which may be more than now
+        assert int(play.tree.node_count.sum()) <= NODES[0] * most + NODES[1] * few
+        assert int(play.tree.leaf_count.sum()) <= LEAVES[0] * BEAM * UTTERANCES + LEAVES[1] * few
+    assert most > 4 * NODES[1]  # or the play was too short to tell
+
+
+def test_room_made_in_advance_moves_nothing():
+    play = Play(True, None)
     play.tree.reserve(2 * WIDTH * 8, 2 * WIDTH * 8)
     play.begin([True] * UTTERANCES)
     for _ in range(7):
@@ -175,12 +188,13 @@ def test_deep_hypotheses_cost_what_they_reach_back():
     for reach in (None, 3):
         play = Play(False, reach)
         play.begin([True] * UTTERANCES)
-        for _ in range(40):
+        for depth in range(1, 201):
             play.make_room()
             play.hypotheses = deepened(play)
-        rooms[reach] = play.tree.nodes
-        assert len(next(iter(play.hypotheses[0]))) == 40
-    assert rooms[3] <= 4 * 2 * WIDTH < rooms[None]
+            if depth in (100, 200):
+                rooms[reach, depth] = play.tree.nodes
+        assert len(next(iter(play.hypotheses[0]))) == 200
+    assert rooms[3, 200] == rooms[3, 100] < 100 < 200 < rooms[None, 200]
 
 
 def deepened(play: Play) -> list[dict]:

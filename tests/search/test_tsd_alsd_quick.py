@@ -149,14 +149,6 @@ def test_a_stream_is_the_whole(shapes):
     assert_same(got, problem.found(options))
 
 
-@both
-def test_a_prefix_in_the_tree_is_not_scored_again(search_type):
-    problem = tabled_problem([12, 7], V=5, peak=1.0)
-    scorer = PickyScorer(problem.V)
-    problem.found({"search_type": search_type, "beam_size": 2}, fusion=Fusion(scorer, WEIGHT))
-    assert scorer.seen["scored again"] <= 2 * 2 * scorer.seen["leaves moved"]
-
-
 def test_says_what_u_max_cuts_off(caplog):
     caplog.set_level(logging.WARNING)
     likes_labels = tabled_problem([9, 6, 1], V=3, table=lambda t, labels: [-6.0, -0.5, -1.0])
