@@ -87,8 +87,7 @@ def attach() -> None:
     if is_off():
         return
     with _lock:  # no import may happen under it: another thread may hold that module's lock and wait for this one
-        _on_meta_path(_ClassChoicesFinder, 0)
-        _on_meta_path(_SearchFinder, 0)
+        _on_meta_path(_PatchingFinder, 0)
         _on_meta_path(_ForcedLossFinder, 0)
         _on_meta_path(_LossFinder)
         if CLASS_CHOICES in sys.modules:
@@ -281,38 +280,21 @@ def _on_meta_path(kind: type, place: int | None = None) -> None:
 class _PatchingFinder(threading.local):
     """Lets the other finders find a module of ESPnet's and patches it when it has been executed."""
 
-    name = ""
-    busy = False  # a finder of the same kind, of another package, may ask us in turn (per thread)
-
-    def patch(self, module) -> None:
-        raise NotImplementedError
+    patches = {CLASS_CHOICES: lambda module: _wrap(module.ClassChoices), SEARCH: lambda module: _put_search()}
+    busy = frozenset()  # names; a finder of the same kind, of another package, may ask us in turn (per thread)
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.name or self.busy:
+        if name not in self.patches or name in self.busy:
             return None
-        self.busy = True
+        self.busy |= {name}
         try:
             others = (f for f in list(sys.meta_path) if f is not self and hasattr(f, "find_spec"))
             spec = next(filter(None, (f.find_spec(name, path, target) for f in others)), None)
         finally:
-            self.busy = False
+            self.busy -= {name}
         if spec is not None and spec.loader is not None:
-            _after_execution(spec.loader, self.name, self.patch)
+            _after_execution(spec.loader, name, self.patches[name])
         return spec
-
-
-class _ClassChoicesFinder(_PatchingFinder):
-    name = CLASS_CHOICES
-
-    def patch(self, module) -> None:
-        _wrap(module.ClassChoices)
-
-
-class _SearchFinder(_PatchingFinder):
-    name = SEARCH
-
-    def patch(self, module) -> None:
-        _put_search()
 
 
 def _after_execution(loader, name, patch) -> None:

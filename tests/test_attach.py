@@ -105,7 +105,7 @@ def test_the_hook_leaves_no_trace_on_the_module():
 
 
 def _found_by_the_hook():
-    (finder,) = (finder for finder in sys.meta_path if type(finder) is attach._ClassChoicesFinder)
+    (finder,) = (finder for finder in sys.meta_path if type(finder) is attach._PatchingFinder)
     return finder.find_spec(attach.CLASS_CHOICES, sys.modules["espnet2.train"].__path__)
 
 
