@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_search import BASELINE, Following, Task, decoders_beside, synthetic
-from harness import RESULTS, append, extra_memory, measure, require_green, row, table
+from harness import RESULTS, append, clock, extra_memory, measure, require_green, row, table
 from made_up import FollowingScorer
 from mended import pair
 
@@ -105,9 +105,8 @@ def bench(what: str, beam: int, task: Task, runs: dict[str, tuple[Task, Callable
         except Exception as error:  # a row of its own, by name
             rows.append(row(what, method=method, shape=f"{task.name} beam {beam}", error=type(error).__name__))
             continue
-        clock = times["cpu_ms" if torch.get_num_threads() == 1 and not torch.cuda.is_available() else "median_ms"]
         an_utterance = {key: value / n for key, value in times.items()}
-        figures = {"rtf": clock / 1e3 / (FRAME * frames), "errors": wrong}
+        figures = {"rtf": times[clock(times)] / 1e3 / (FRAME * frames), "errors": wrong}
         rows.append(
             row(
                 what,
@@ -150,9 +149,9 @@ def _batched(decoder, task: Task, batch: int, options: dict, _) -> list:
 
 
 def state_rows(decoder, quick: bool) -> list[dict]:
-    """MB of what the MEGA decoder remembers: of a stream of 60 s at its end, of many utterances of 200 labels."""
+    """MB of what the MEGA decoder remembers, at most: of a stream of 60 s, of 64 utterances of 200 labels."""
     D, rows = decoder.output_size, []
-    frames, labels, count = (40, 4, 2) if quick else (1500, 250, 16)
+    frames, labels, count = (40, 4, 2) if quick else (1500, 250, 64)
     for utterances, T, said, beam in ((1, frames, labels, 5), (count, 2 * frames // 3, 2 * labels // 3, 8)):
         task = synthetic("", D, T, said, utterances=utterances)
         rows.append(state_row(FollowingDecoder(decoder, task), task.joint, task.frames, beam))
@@ -167,17 +166,22 @@ def trained_state_rows(decoder, task: Task) -> list[dict]:
 
 
 def state_row(decoder, joint, frames: list[torch.Tensor], beam: int) -> dict:
-    """Streams of so many frames each, 16 at a time; the nodes there is room for are those of the one that needs most."""
+    """Streams of so many frames each, 16 at a time; the most that was held after one of them."""
     streams = BatchedSearch(decoder, joint, beam).streams()
     opened, T = [streams.open() for _ in frames], len(frames[0])
+    most, room = 0, ""
     for first in range(0, T, 16):
         streams.push({number: frames[i][first : first + 16] for i, number in enumerate(opened)})
-    pool = streams._search.predictions._decoder
-    pool = getattr(pool, "_scorer", pool)
+        pool = streams._search.predictions._decoder
+        pool = getattr(pool, "_scorer", pool)
+        if pool.bytes > most:
+            nodes = [piece.shape[1] for piece in pool.keys_values.of]
+            most, room = pool.bytes, f"room for {min(nodes)} to {max(nodes)} nodes each"
+            if pool.ema is not None:  # no truncation_length
+                room += f", {pool.ema.tensor.shape[1]} leaves in all"
     longest = max(len(streams.close(number)[0].yseq) for number in opened)
     what = f"{len(frames)} x {FRAME * T:.3g} s, {longest} labels at most, beam {beam}"
-    room = f"room for {pool.keys_values.shape[2]} nodes"
-    return row("decode_state", method="streams", shape=what, part=room, extra_memory_mb=pool.bytes / 1e6)
+    return row("decode_state", method="streams", shape=what, part=room, extra_memory_mb=most / 1e6)
 
 
 def kept(r: dict) -> dict:

@@ -22,7 +22,7 @@ from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder as EspnetMEG
 from espnet2.asr_transducer.decoder.rnn_decoder import RNNDecoder
 from espnet2.asr_transducer.decoder.rwkv_decoder import RWKVDecoder
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
-from harness import RESULTS, append, extra_memory, measure, require_green, row, table
+from harness import RESULTS, append, compared, extra_memory, measure, require_green, row, table
 from mended import V, pair
 
 from espnet_mega_plugin.decoder import MEGADecoder
@@ -191,18 +191,8 @@ def case(decoder, batch: int, length: int, autocast: bool):
     return forward, backward
 
 
-def compared(rows: list[dict]) -> list[dict]:
-    """With how many times as fast as ESPnet's MEGA each is: CPU time of one thread on a CPU, else wall-clock time."""
-
-    def same(r: dict) -> tuple:
-        return r["what"], r["shape"], r["dtype"], r["threads"], r["what"] == "decoder_training" and r["part"]
-
-    def clock(r: dict) -> float:
-        return r["cpu_ms" if r["threads"] == 1 and not torch.cuda.is_available() else "median_ms"]
-
-    base = {same(r): clock(r) for r in rows if r["method"] == BASELINE and "error" not in r}
-    known = ("error" not in r and same(r) in base for r in rows)
-    return [{**r, "times_as_fast": base[same(r)] / clock(r)} if k else r for r, k in zip(rows, known, strict=True)]
+def same(r: dict) -> tuple:
+    return r["what"], r["shape"], r["dtype"], r["threads"], r["what"] == "decoder_training" and r.get("part")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -238,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             rows += training(decoders, args, autocast)
     if not args.quick or args.results != RESULTS:
         append(rows, args.results)
-    print(table(compared(rows), SHOWN))
+    print(table(compared(rows, {"method": BASELINE}, same), SHOWN))
 
 
 if __name__ == "__main__":

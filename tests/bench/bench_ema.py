@@ -9,11 +9,12 @@ to the size of the input. With one thread times are compared by CPU time, else b
 """
 
 import argparse
+import operator
 import sys
 from pathlib import Path
 
 import torch
-from harness import append, extra_memory, measure, require_green, row, table
+from harness import append, compared, extra_memory, measure, require_green, row, table
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mega"))
 from ema_by_autograd import ByAutograd, kept_bytes
@@ -84,13 +85,6 @@ def bench(name: str, shape: tuple[int, ...], device: str, repeats: int) -> list[
     return rows
 
 
-def compared(rows: list[dict], clock: str) -> list[dict]:
-    """With how many times as fast as ESPnet's class each is."""
-    base = {(r["shape"], r["part"]): r[clock] for r in rows if r["method"] == "espnet" and clock in r}
-    found = [(r, base.get((r["shape"], r.get("part")))) for r in rows]
-    return [{**r, "times_as_fast": b / r[clock]} if b and clock in r else r for r, b in found]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
@@ -106,14 +100,13 @@ def main() -> None:
     rows = []
     for threads in args.threads:
         torch.set_num_threads(threads)
-        clock = "cpu_ms" if threads == 1 and device == "cpu" else "median_ms"
         found = [
             measured
             for L in args.lengths
             for name in args.methods
             for measured in bench(name, (L, *args.size), device, args.repeats)
         ]
-        print(table(compared(found, clock), SHOWN), flush=True)
+        print(table(compared(found, {"method": "espnet"}, operator.itemgetter("shape", "part")), SHOWN), flush=True)
         rows += found
     if not args.no_append:
         append(rows)

@@ -16,12 +16,12 @@ gradient_error      largest relative error of a gradient tensor's norm against f
 
 import argparse
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import append, copy_bandwidth, extra_memory, measure, require_green, row, table
+from harness import append, compared, copy_bandwidth, extra_memory, measure, require_green, row, table
 from torch import Tensor
 
 from espnet_mega_plugin.rnnt import (
@@ -247,6 +247,7 @@ def exact_joint_gradients(joint: Joint, arguments: tuple[Tensor, ...]) -> list[T
 def timed(what, name, case, dtype, repeats, prepare, forward, backward, error) -> list[dict]:
     """A row for forward, for backward and for both, or one with the name of the exception."""
     known = {"method": name, "shape": case.name, "dtype": str(dtype).removeprefix("torch.")}
+    known["threads"] = torch.get_num_threads()  # ESPnet's numba loss changes it
     try:
         times = measure(prepare, {"forward": forward, "backward": backward}, repeats=repeats)
         memory = extra_memory(prepare, lambda state: backward(forward(state)))
@@ -271,19 +272,9 @@ def runs(name: str, case: Case, with_joint: bool, device: str) -> bool:
     return name != "triton" or device == "cuda"
 
 
-def compared(rows: Iterable[dict], baseline: str) -> list[dict]:
-    """With how many times as fast as the baseline each is, in CPU time (a GPU's own time on a GPU)."""
-    clock = "median_ms" if torch.cuda.is_available() else "cpu_ms"
-    same = operator.itemgetter("what", "shape", "dtype", "part")
-    rows = [{"part": None, **r} for r in rows]
-    base = {same(r): r[clock] for r in rows if r["method"] == baseline and r["part"]}
-    found = [(r, base.get(same(r))) for r in rows]
-    return [{**r, "times_as_fast": b / r[clock]} if b and r["part"] else r for r, b in found]
-
-
 def tables(rows: list[dict], baseline: str) -> str:
     """One for each thing measured."""
-    rows = compared(rows, baseline)
+    rows = compared(rows, {"method": baseline}, operator.itemgetter("what", "shape", "dtype", "part"))
     names = dict.fromkeys(r["what"] for r in rows)
     return "\n\n".join(f"{name}\n\n" + table([r for r in rows if r["what"] == name], SHOWN) for name in names)
 

@@ -7,10 +7,11 @@ thread times are compared by CPU time, else by wall clock.
 """
 
 import argparse
+import operator
 from pathlib import Path
 
 import torch
-from harness import RESULTS, append, measure, require_green, row, table
+from harness import RESULTS, append, compared, measure, require_green, row, table
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega.packed import PackedLayers
@@ -35,9 +36,7 @@ def bench(decoder: torch.nn.Module, rows: int, repeats: int) -> list[dict]:
     times = measure(lambda: None, parts, warmup=3, repeats=repeats)
     weights = sum(layer.weight.nbytes for layer in layers) / 1e6
     shape = f"{rows} rows, {len(layers)} layers of {weights:.3g} MB"
-    found = [row("packed", shape=shape, dtype="float32", part=part, repeats=repeats, **t) for part, t in times.items()]
-    clock = "cpu_ms" if torch.get_num_threads() == 1 else "median_ms"
-    return [{**r, "times_as_fast": found[0][clock] / r[clock]} for r in found]
+    return [row("packed", shape=shape, dtype="float32", part=part, repeats=repeats, **t) for part, t in times.items()]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
                 rows += bench(decoder, count, args.repeats)
     finally:
         torch.set_num_threads(before)
-    print(table(rows, SHOWN))
+    print(table(compared(rows, {"part": "plain"}, operator.itemgetter("shape", "threads")), SHOWN))
     if not args.quick or args.results != RESULTS:
-        append([{key: value for key, value in r.items() if key != "times_as_fast"} for r in rows], args.results)
+        append(rows, args.results)
 
 
 if __name__ == "__main__":

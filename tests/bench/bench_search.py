@@ -16,13 +16,15 @@ the trajectory is that of a stateless decoder, set by hand to read labels off 10
 
 calls: of `score` or `batch_score`; asked: rows in them; evaluated: rows the network was run for.
 
-At last 1,000 short decodes with one small decoder: resident memory and the bytes of its tables after 1, 10, 100, 1000.
+At last 2,000 short decodes with one small decoder, each of another utterance: resident memory and the bytes of its
+tables after 1, 10, 100 … The same with ESPnet's LSTM: what a process keeps whatever decodes in it.
 """
 
 import argparse
 import copy
 import ctypes
 import gc
+import operator
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ from espnet2.asr_transducer.decoder.mega_decoder import MEGADecoder as EspnetMEG
 from espnet2.asr_transducer.decoder.rnn_decoder import RNNDecoder
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
 from espnet2.asr_transducer.joint_network import JointNetwork
-from harness import RESULTS, append, extra_memory, measure, require_green, row, table
+from harness import RESULTS, append, compared, extra_memory, measure, require_green, row, table
 from made_up import utterances as utterances_of
 from mended import V, pair
 from torch import Tensor
@@ -260,16 +262,16 @@ def trained(exp: Path, wav_scp: Path, utterances: int, seconds: float) -> tuple[
 
 def bench_memory(counts: list[int]) -> list[dict]:
     """Resident memory and our decoder's tables after so many utterances, each another one."""
-    ours, rows = pair(**SMALL)[1], []
-    for n in range(1, max(counts) + 1):
-        task = synthetic("", SMALL["block_size"], 12 + n % 7, 3, seed=n)
-        decode(Following(ours, task.shown), task, {"search_type": "maes"})
-        if n in counts:
-            tables = ours.prefixes.tables
-            resident = resident_mb()
-            rows.append(
-                {"decodes": n, "resident_mb": resident, "tables_bytes": tables.labels.bytes + tables.ends.bytes}
-            )
+    espnet, ours = pair(**SMALL)
+    decoders, rows = decoders_beside(ours, espnet), []
+    for method in ("espnet_lstm", "ours"):
+        for n in range(1, max(counts) + 1):
+            task = synthetic("", SMALL["block_size"], 12 + n % 7, 3, seed=n)
+            decode(Following(decoders[method], task.shown), task, {"search_type": "maes"})
+            if n in counts:
+                tables = ours.prefixes.tables if method == "ours" else None
+                held = tables.labels.bytes + tables.ends.bytes if tables else ""
+                rows.append({"method": method, "decodes": n, "resident_mb": resident_mb(), "tables_bytes": held})
     return rows
 
 
@@ -284,20 +286,6 @@ def resident_mb() -> float | None:
 
 
 # ---- rows
-
-
-def compared(rows: list[dict]) -> list[dict]:
-    """With how many times as fast as ESPnet's MEGA each is: CPU time of one thread, wall-clock time of several."""
-
-    def same(r: dict) -> tuple:
-        return r["what"], r["shape"], r["threads"]
-
-    def clock(r: dict) -> float:
-        return r["cpu_ms" if r["threads"] == 1 else "median_ms"]
-
-    base = {same(r): clock(r) for r in rows if r["method"] == BASELINE and "error" not in r}
-    known = ("error" not in r and same(r) in base for r in rows)
-    return [{**r, "times_as_fast": base[same(r)] / clock(r)} if k else r for r, k in zip(rows, known, strict=True)]
 
 
 def kept(r: dict) -> dict:
@@ -322,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("this is a benchmark of the CPU; hide the GPU: CUDA_VISIBLE_DEVICES= python ...")
     if (args.exp is None) != (args.wav_scp is None):
         parser.error("--exp and --wav_scp go together.")
-    decodes = [1, 10, 100, 1000]
+    decodes = [1, 10, 100, 300, 1000, 2000]
     if args.quick:
         args.utterances, args.seconds, args.repeats, decodes = 2, 5, 1, [1, 3]
     else:
@@ -346,23 +334,24 @@ def main(argv: list[str] | None = None) -> None:
     memory = bench_memory(decodes)
     if not args.quick or args.results != RESULTS:
         append(map(kept, rows), args.results)
-        first = memory[0]["resident_mb"]
+        first = {r["method"]: r["resident_mb"] for r in reversed(memory)}
         append(
             [
                 row(
                     "search_memory",
                     **{
-                        "method": "ours",
+                        "method": r["method"],
                         "shape": f"{r['decodes']} decodes",
-                        "part": f"{r['tables_bytes']} bytes of tables",
+                        "part": f"{r['tables_bytes']} bytes of tables" if r["tables_bytes"] else "",
                     },
-                    extra_memory_mb=first and r["resident_mb"] - first,
+                    extra_memory_mb=r["resident_mb"] and r["resident_mb"] - first[r["method"]],
                 )
                 for r in memory
             ],
             args.results,
         )
-    print(table(compared(rows), SHOWN))
+    same = operator.itemgetter("what", "shape", "threads")
+    print(table(compared(rows, {"method": BASELINE}, same), SHOWN))
     print(f"\nMany decodes with one decoder:\n\n{table(memory, memory[0])}")
 
 

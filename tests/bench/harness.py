@@ -82,6 +82,26 @@ def extra_memory(prepare: Callable[[], object], run: Callable) -> float | None:
         return None
 
 
+def clock(r: dict) -> str:
+    """Which of a row's times is compared: CPU time of one thread on a CPU, else wall-clock time."""
+    one_thread = r.get("threads", torch.get_num_threads()) == 1 and not torch.cuda.is_available()
+    return "cpu_ms" if one_thread else "median_ms"
+
+
+def compared(rows: Iterable[dict], base: dict, same: Callable[[dict], object]) -> list[dict]:
+    """With how many times as fast each is as the row that has the values of `base` and is otherwise the same."""
+    rows = list(rows)
+    slow = {same(r): r for r in rows if "cpu_ms" in r and base.items() <= r.items()}
+
+    def found(r: dict) -> dict:
+        against = slow.get(same(r)) if "cpu_ms" in r else None
+        if against is None:
+            return r
+        return {**r, "times_as_fast": against[which := clock(against)] / r[which]}
+
+    return [found(r) for r in rows]
+
+
 def row(what: str, **values) -> dict:
     """One line of results.csv with this machine's columns filled in."""
     return {"what": what, **machine(), **values}

@@ -50,7 +50,8 @@ def test_quick_search_benchmark(tmp_path, capsys):
     assert "decodes" in capsys.readouterr().out
     assert not any(row["error"] for row in rows)
     timed = [row for row in rows if row["what"] != "search_memory"]
-    assert [row["shape"] for row in rows if row["what"] == "search_memory"] == ["1 decodes", "3 decodes"]
+    decodes = [(row["method"], row["shape"]) for row in rows if row["what"] == "search_memory"]
+    assert decodes == [(method, f"{n} decodes") for method in ("espnet_lstm", "ours") for n in (1, 3)]
     for search in ("default", "tsd", "alsd", "maes"):
         counts = {row["method"]: row["part"].split(", ") for row in timed if row["what"] == f"search_{search}"}
         assert len(counts) == 4

@@ -25,6 +25,23 @@ def test_each_part_takes_what_the_one_before_returned():
     assert times["first"]["p20_ms"] <= times["first"]["median_ms"] <= times["first"]["p80_ms"]
 
 
+def test_one_thread_is_compared_by_cpu_time_several_by_the_clock():
+    def measured(method, threads, **times):
+        return {"method": method, "threads": threads, **times}
+
+    rows = [
+        measured("ours", 1, median_ms=5.0, cpu_ms=2.0),
+        measured("theirs", 1, median_ms=50.0, cpu_ms=6.0),
+        measured("ours", 2, median_ms=4.0, cpu_ms=8.0),
+        measured("theirs", 2, median_ms=20.0, cpu_ms=16.0),
+        measured("ours", 4, median_ms=1.0, cpu_ms=1.0),  # nothing to compare it with
+        measured("broken", 1, error="RuntimeError"),
+    ]
+    found = harness.compared(rows, {"method": "theirs"}, lambda r: r["threads"])
+    one_thread = 10.0 if torch.cuda.is_available() else 3.0
+    assert [row.get("times_as_fast") for row in found] == [one_thread, 1.0, 5.0, 1.0, None, None]
+
+
 def test_extra_memory_is_the_peak_and_not_what_is_left():
     held = harness.extra_memory(lambda: 200_000_000, lambda n: torch.ones(n, dtype=torch.uint8)[0].item())
     if held is None:
