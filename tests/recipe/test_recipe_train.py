@@ -220,6 +220,7 @@ def begun(tmp_path):
 
 
 def test_the_same_configuration_resumes(begun):
+    """What does not fit raises (the tests below)."""
     begun()
     begun(max_epoch=40, num_workers=3, keep_nbest_models=1)
 

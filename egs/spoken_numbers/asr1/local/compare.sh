@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The comparison of egs/README.md: prediction networks on the same encoder, data and number of epochs, three seeds each,
-# MEGA's options and the losses. Run it from the recipe's folder after stages 1 to 10:
+# MEGA's options, the losses and the demo's settings. Run it from the recipe's folder after stages 1 to 10:
 #   ./run.sh --stop_stage 10 && local/compare.sh
 # Options: --train_jobs N (2) trainings side by side, one CPU thread each; --only REGEX experiments of that name, such
-# as 'mega_.*'. An experiment is some 5 minutes of one core, the whole a bit more than an hour and a half on two.
+# as 'mega_.*'. An experiment is some 5 to 8 minutes of one core, the whole some two hours on two.
 # What is there already is not trained or decoded again. The table: exp/compare/README.md
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,28 +18,34 @@ while [ $# -gt 0 ]; do
     esac
 done
 
-# NAME|training YAML|options of ESPnet's training. The YAMLs have the pruned loss; full is the one over all alignments
+# NAME|training YAML|options of ESPnet's training. Networks and losses are compared with fewer epochs and less CTC than
+# the YAMLs have, networks with the pruned loss; demo is the YAML as it is
 experiments() {
-    local seed decoder mega="conf/train_mega.yaml"
-    local full="--model_conf use_k2_pruned_loss=false --model_conf transducer_loss"
+    local seed decoder mega="conf/train_mega.yaml" k2="--model_conf k2_pruned_loss_args"
+    local short="--max_epoch 15 --model_conf auxiliary_ctc_weight=0.3"
+    local loss="${short} --model_conf transducer_topology=regular --model_conf transducer_loss"
+    local pruned="${loss}=pruned ${k2}.prune_range=5 ${k2}.loss_type=constrained ${k2}.simple_loss_scaling=0.3"
     local constrained="--model_conf transducer_topology=constrained"
     for seed in 0 1 2; do
         for decoder in mega rnn stateless; do
-            echo "${decoder}_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed}"
+            echo "${decoder}_seed${seed}|conf/train_${decoder}.yaml|--seed ${seed} ${pruned}"
         done
-        echo "mega_regular_seed${seed}|${mega}|--seed ${seed} ${full}=fused"
-        echo "mega_constrained_seed${seed}|${mega}|--seed ${seed} ${full}=fused ${constrained}"
+        echo "mega_regular_seed${seed}|${mega}|--seed ${seed} ${loss}=fused"
+        echo "mega_constrained_seed${seed}|${mega}|--seed ${seed} ${loss}=fused ${constrained}"
+        echo "mega_demo_seed${seed}|${mega}|--seed ${seed}"
     done
+    echo "mega_demo_standard_seed0|${mega}|--seed 0 --model_conf transducer_loss=standard"
+    echo "rnn_demo_seed0|conf/train_rnn.yaml|--seed 0"
     for decoder in rnn stateless; do
-        echo "${decoder}_constrained_seed0|conf/train_${decoder}.yaml|--seed 0 ${full}=fused ${constrained}"
+        echo "${decoder}_constrained_seed0|conf/train_${decoder}.yaml|--seed 0 ${loss}=fused ${constrained}"
     done
-    echo "mega_regular_standard_seed0|${mega}|--seed 0 ${full}=standard"
-    echo "mega_constrained_standard_seed0|${mega}|--seed 0 ${full}=standard ${constrained}"
-    echo "mega_constrained_20epochs_seed0|${mega}|--seed 0 ${full}=fused ${constrained} --max_epoch 20"
-    echo "mega_simple_seed0|${mega}|--seed 0 --decoder_conf rel_pos_bias_type=simple"
-    echo "mega_chunk8_seed0|${mega}|--seed 0 --decoder_conf chunk_size=8"
-    echo "mega_1head_seed0|${mega}|--seed 0 --decoder_conf num_heads=1"
-    echo "mega_1block_seed0|${mega}|--seed 0 --decoder_conf num_blocks=1"
+    echo "mega_regular_standard_seed0|${mega}|--seed 0 ${loss}=standard"
+    echo "mega_constrained_standard_seed0|${mega}|--seed 0 ${loss}=standard ${constrained}"
+    echo "mega_constrained_20epochs_seed0|${mega}|--seed 0 ${loss}=fused ${constrained} --max_epoch 20"
+    echo "mega_simple_seed0|${mega}|--seed 0 ${pruned} --decoder_conf rel_pos_bias_type=simple"
+    echo "mega_chunk8_seed0|${mega}|--seed 0 ${pruned} --decoder_conf chunk_size=8"
+    echo "mega_1head_seed0|${mega}|--seed 0 ${pruned} --decoder_conf num_heads=1"
+    echo "mega_1block_seed0|${mega}|--seed 0 ${pruned} --decoder_conf num_blocks=1"
 }
 
 # train FOLDER NAME|YAML|OPTIONS [MORE OPTIONS]
