@@ -18,7 +18,7 @@ from espnet_mega_plugin.mega.graph import cuda_graph
 from espnet_mega_plugin.mega.network import MegaNetwork
 from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
-from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory
+from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory, Tables
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
 
 GRAPHS_SWITCH = "ESPNET_MEGA_PLUGIN_CUDA_GRAPHS"
@@ -149,7 +149,6 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         out, memory = self.extend(labels, memory)
         return out, self._documented(memory)
 
-    @torch.no_grad()
     def score(self, label_sequence: Sequence[int], states: Documented) -> tuple[Tensor, Documented]:
         """Score one hypothesis by one label.
 
@@ -171,7 +170,6 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         out, extended = self._extended([states], [self._last(label_sequence)])
         return out, PrefixState(tuple(extended), self._built)
 
-    @torch.no_grad()
     def batch_score(self, hyps: Sequence[Any]) -> tuple[Tensor, Documented]:
         """Score hypotheses of any lengths by one label each; what was evaluated before is not evaluated again.
 
@@ -339,13 +337,13 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     # -- prefixes and the states that stand for them
 
     def _extended(self, states: list[Documented], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
-        prefixes = [self._prefix(one) for one in states]
-        return self.prefixes.extend(self, prefixes, labels)
+        fitting = self.prefixes.fitting(self)
+        return self.prefixes.extend(self, [self._prefix(one, fitting) for one in states], labels)
 
-    def _prefix(self, states: Documented) -> Prefix:
+    def _prefix(self, states: Documented, fitting: Tables) -> Prefix:
         """What scoring goes on from; a state built by hand, or one from before a move to another device, is copied."""
         prefixes = getattr(states, "prefixes", None)
-        if prefixes is not None and len(prefixes) == 1 and self.prefixes.fits(prefixes[0], self):
+        if prefixes is not None and len(prefixes) == 1 and prefixes[0].tables is fitting:
             return prefixes[0]
         memory = self._memory(states)
         if len(memory.positions) != 1:

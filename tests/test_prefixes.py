@@ -455,7 +455,7 @@ def step_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tenso
 def a_step() -> Step:
     model = decoder(dtype=torch.float32)
     model.score([0], model.init_state(1))
-    return Step(model, model.prefixes._constants[1])
+    return Step(model, model.prefixes._constants)
 
 
 def test_the_step_is_exported_for_any_sizes(seed):

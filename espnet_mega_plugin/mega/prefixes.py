@@ -86,9 +86,9 @@ class PrefixMemory:
         self.remembered, self.recorder = remembered, recorder
         self._lock = threading.RLock()
         self._tables: Tables | None = None
-        self._constants: tuple[tuple, Constants] | None = None
+        self._weights: Weights | None = None  # that the constants were made of
+        self._constants: Constants | None = None
         self._graphs: StepGraphs | None = None
-        self._weights = Weights()
         self.evaluated = 0  # prefixes the network was run for, since the decoder was made
         self.forget()
 
@@ -121,10 +121,10 @@ class PrefixMemory:
             self._fitting(network)
             return self._constants_of(network)
 
-    def fits(self, prefix: Prefix, network: MegaNetwork) -> bool:
-        """Whether a prefix' rows are where the network's parameters are now."""
+    def fitting(self, network: MegaNetwork) -> Tables:
+        """The tables that prefixes must have their rows in: on the device and in the dtype of the network now."""
         with self._lock:
-            return prefix.tables is self._fitting(network)
+            return self._fitting(network)
 
     @torch.no_grad()
     def adopt(self, network: MegaNetwork, memory: MegaMemory) -> Prefix:
@@ -152,12 +152,11 @@ class PrefixMemory:
                     tables.labels.tensors[1][b, index[count - seen.shape[0] :]] = seen
             return prefix
 
-    @torch.no_grad()
     def extend(self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
         """Go on from each prefix by its label.
 
         Args:
-            prefixes: those `fits` holds for.
+            prefixes: those with rows in the tables that are `fitting`.
             labels: one for each, of the vocabulary.
 
         Returns:
@@ -166,20 +165,21 @@ class PrefixMemory:
         """
         with self._lock:
             constants = self._constants_of(network)
-            pairs = list(zip(prefixes, labels, strict=True))
-            known = {pair: self._known(*pair, constants) for pair in pairs}
-            new = [pair for pair, child in known.items() if child is None]
-            if new:
-                known.update(zip(new, self._evaluate(network, constants, new), strict=True))
-            extended = [known[pair] for pair in pairs]
+            extended = [_known(prefix, label, constants) for prefix, label in zip(prefixes, labels, strict=True)]
+            if None in extended:
+                pairs = list(zip(prefixes, labels, strict=True))
+                new = list(dict.fromkeys(pair for pair, known in zip(pairs, extended, strict=True) if known is None))
+                made = dict(zip(new, self._evaluate(network, constants, new), strict=True))
+                extended = [known or made[pair] for pair, known in zip(pairs, extended, strict=True)]
             for prefix in extended:
                 self._recent[prefix] = None
                 self._recent.move_to_end(prefix)
-            outputs, ends = self._tables.ends.tensors[1][0], [prefix.end.index for prefix in extended]
-            if len(ends) == 1:
-                out = outputs.narrow_copy(0, ends[0], 1)
+            outputs = self._tables.ends.tensors[1][0]
+            if len(extended) == 1:
+                out = outputs.narrow_copy(0, extended[0].end.index, 1)
             else:
-                out = outputs.index_select(0, torch.tensor(ends).to(outputs.device, non_blocking=True))
+                ends = torch.tensor([prefix.end.index for prefix in extended])
+                out = outputs.index_select(0, ends.to(outputs.device, non_blocking=True))
             while len(self._recent) > self.remembered:
                 self._recent.popitem(last=False)
             return out, extended
@@ -221,20 +221,18 @@ class PrefixMemory:
     def _fitting(self, network: MegaNetwork) -> Tables:
         if self._tables is None or not self._tables.fit(network):
             self.forget()
-            self._tables, self._constants, self._graphs = Tables(network), None, None
+            self._tables, self._weights, self._graphs = Tables(network), None, None
         return self._tables
 
     def _constants_of(self, network: MegaNetwork) -> Constants:
-        weights = self._weights.now(network)
-        if self._constants is None or self._constants[0] != weights:
-            self._constants, self._graphs = (weights, Constants(network)), None
-        return self._constants[1]
+        if self._weights is None or not self._weights.unchanged():
+            weights = Weights(network)  # first: should they change while the constants are made, the next call sees it
+            with torch.no_grad():
+                self._constants = Constants(network)
+            self._weights, self._graphs = weights, None
+        return self._constants
 
-    @staticmethod
-    def _known(prefix: Prefix, label: int, constants: Constants) -> Prefix | None:
-        made_with, child = prefix.children.get(label, (None, None))
-        return child() if made_with is constants else None
-
+    @torch.no_grad()
     def _evaluate(self, network: MegaNetwork, constants: Constants, new: list[tuple[Prefix, int]]) -> list[Prefix]:
         tables = self._tables
         prefixes, labels = [prefix for prefix, _ in new], [label for _, label in new]
@@ -373,6 +371,11 @@ class PrefixMemory:
         if not before.any():
             return inputs
         return inputs.masked_fill(torch.from_numpy(before).to(of_labels.device)[..., None], 0.0)
+
+
+def _known(prefix: Prefix, label: int, constants: Constants) -> Prefix | None:
+    made_with, child = prefix.children.get(label, (None, None))
+    return child() if made_with is constants else None
 
 
 def _child(network, constants: Constants, prefix: Prefix, label: int, padded: bool, label_row: Row, end_row: Row):
