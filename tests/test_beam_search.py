@@ -11,6 +11,7 @@ from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
 from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
 from espnet2.asr_transducer.joint_network import JointNetwork
 from espnet2.lm.seq_rnn_lm import SequentialRNNLM
+from rounds import Rounds
 
 from espnet_mega_plugin.decoder import MEGADecoder
 
@@ -115,15 +116,14 @@ def assert_same_nbest(got, want) -> None:
 @torch.no_grad()
 def test_nbest_is_that_of_the_forward_only_decoder(decoder, search, with_lm, seed):
     lm = SequentialRNNLM(V, unit=6, nlayers=1).eval() if with_lm else None
-    longest = 0
-    for trial in range(2):
+    trials = Rounds(least=2)
+    for trial in trials:
         ours, oracle, frames = searches(DECODERS[decoder], SEARCHES[search], lm, seed=seed + trial)
         for _ in range(2):  # a second utterance with the same search object
             got, want = ours(frames), oracle(frames)
             assert_same_nbest(got, want)
-            longest = max(longest, *(len(hyp.yseq) for hyp in got))
+            trials.enough |= any(len(hyp.yseq) > 1 for hyp in got)  # the searches did emit labels
             frames = random_frames()
-    assert longest > 1  # the searches did emit labels
 
 
 @pytest.mark.parametrize("decoder", STREAMED)

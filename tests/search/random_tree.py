@@ -7,9 +7,10 @@ utterances end and their places begin anew.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from rounds import Rounds
 from torch import Tensor
 
 from espnet_mega_plugin.search.scorer import LabelScorer
@@ -24,15 +25,29 @@ class RandomTree:
         self.tree.fixed_shapes = fixed_shapes
         # hypotheses in hand of each utterance: node and labels; the start is the empty prefix
         self.live: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in range(utterances)]
-        self.moves = 0
+        self.count = self.longest = self.moves = 0
 
     def grow(self, rounds: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Each new prefix and what the scorer said of it: labels without the start label, output."""
+        return self._grow(range(rounds))
+
+    def grow_large(self, rounds: int) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """The same, and on until there were many prefixes, long ones, and what is kept of them has been moved."""
+        large = Rounds(rounds, 10 * rounds)
+        for found in self._grow(large):
+            yield found
+            large.enough = self.count > 2 * rounds and self.longest > 4 and self.moves > 0
+
+    def _grow(self, rounds: Iterable[int]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         yield from self._start([True] * self.utterances)
-        for _ in range(rounds):
+        for _ in rounds:
             if self.random.random() < 0.15:
                 yield from self._start([self.random.random() < 0.4 for _ in range(self.utterances)])
             yield from self._round()
+
+    def _noted(self, labels: tuple[int, ...], out: Tensor) -> tuple[tuple[int, ...], Tensor]:
+        self.count, self.longest = self.count + 1, max(self.longest, len(labels))
+        return labels, out
 
     def _start(self, begin: list[bool]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         rows = self.tree.start(torch.tensor(begin))
@@ -43,7 +58,7 @@ class RandomTree:
                 self.live[b] = [(0, ())]
         for r in range(len(out)):
             if rows.valid is None or rows.valid[r]:
-                yield (), out[r]
+                yield self._noted((), out[r])
 
     def _round(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         C = self.random.randint(1, 4)
@@ -57,7 +72,7 @@ class RandomTree:
         at = {(b, int(node[b, c])): prefixes[b][c] for b in range(self.utterances) for c in range(C) if wanted[b, c]}
         for r, place in enumerate(zip(rows.utterance.tolist(), rows.node.tolist(), strict=True)):
             if rows.valid is None or rows.valid[r]:
-                yield at[place], out[r]
+                yield self._noted(at[place], out[r])
         for b in range(self.utterances):
             taken = [(int(node[b, c]), prefixes[b][c]) for c in range(C) if wanted[b, c]]
             choice = self.live[b] + taken + taken  # the longer ones more often, or nothing grows deep
