@@ -337,13 +337,14 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     # -- prefixes and the states that stand for them
 
     def _extended(self, states: list[Documented], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
-        fitting = self.prefixes.fitting(self)
-        return self.prefixes.extend(self, [self._prefix(one, fitting) for one in states], labels)
+        with self.prefixes.lock:
+            tables = self.prefixes.refresh(self)
+            return self.prefixes.extend(self, [self._prefix(one, tables) for one in states], labels)
 
-    def _prefix(self, states: Documented, fitting: Tables) -> Prefix:
+    def _prefix(self, states: Documented, tables: Tables) -> Prefix:
         """What scoring goes on from; a state built by hand, or one from before a move to another device, is copied."""
         prefixes = getattr(states, "prefixes", None)
-        if prefixes is not None and len(prefixes) == 1 and prefixes[0].tables is fitting:
+        if prefixes is not None and len(prefixes) == 1 and prefixes[0].tables is tables:
             return prefixes[0]
         memory = self._memory(states)
         if len(memory.positions) != 1:

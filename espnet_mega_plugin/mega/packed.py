@@ -29,6 +29,8 @@ class PackedLayers:
     """The linear layers of a network, as their weights are now."""
 
     def __init__(self, network: nn.Module):
+        # A module's own call takes as long as the product where few numbers meet
+        self._plain = {layer: (layer.weight, layer.bias) for layer in network.modules() if type(layer) is nn.Linear}
         self._packed: dict[nn.Module, Tensor] = {}
         if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return
@@ -47,17 +49,12 @@ class PackedLayers:
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What ``layer(x)`` gives, to rounding. (B, in) to (B, out)"""
-        weight = self._packed.get(layer)
-        if (
-            weight is None  # small, quantised, parametrised, wrapped, of another type or elsewhere
-            or x.dtype != torch.float32
-            or x.shape[0] == 0
-            or torch.is_autocast_enabled("cpu")
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-        ):
+        plain = self._plain.get(layer)
+        if plain is None or layer._forward_hooks or layer._forward_pre_hooks:  # quantised, parametrised, wrapped ...
             return layer(x)
-        rows = x.shape[0]
+        weight, rows = self._packed.get(layer), x.shape[0]
+        if weight is None or x.dtype != torch.float32 or rows == 0 or torch.is_autocast_enabled("cpu"):
+            return nn.functional.linear(x, *plain)
         if rows <= COLUMNS and layer.bias is not None:
             columns = (x if rows == COLUMNS else torch.cat([x] * COLUMNS)).t()
             return torch.addmm(layer.bias.unsqueeze(1), layer.weight, columns)[:, :rows].t().contiguous()

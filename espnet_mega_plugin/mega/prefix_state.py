@@ -15,6 +15,8 @@ from espnet_mega_plugin.mega.state import Documented
 
 
 class PrefixState(list):
+    __slots__ = ("_build", "_prefixes")
+
     def __init__(self, prefixes: tuple[Prefix, ...], build: Callable[[tuple[Prefix, ...]], Documented]):
         """
         Args:

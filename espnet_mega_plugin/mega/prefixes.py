@@ -84,7 +84,7 @@ class PrefixMemory:
 
     def __init__(self, remembered: int = 1024, recorder: Recorder | None = None):
         self.remembered, self.recorder = remembered, recorder
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # held from `refresh` until what it said is no more relied on
         self._tables: Tables | None = None
         self._weights: Weights | None = None  # that the constants were made of
         self._constants: Constants | None = None
@@ -94,7 +94,7 @@ class PrefixMemory:
 
     def forget(self) -> None:
         """Drop all that no state refers to. States handed out stay valid."""
-        with self._lock:
+        with self.lock:
             self._recent: OrderedDict[Prefix, None] = OrderedDict()
             self._root: Prefix | None = None
             self._shared: tuple[Prefix | None, np.ndarray, Tensor | None] = (None, NO_ROWS, None)
@@ -109,29 +109,38 @@ class PrefixMemory:
 
     def root(self, network: MegaNetwork) -> Prefix:
         """The prefix before the first label."""
-        with self._lock:
-            tables = self._fitting(network)
+        with self.lock:
+            self._fit(network)
             if self._root is None:
-                self._root = Prefix(tables, None, 0, (), 0)
+                self._root = Prefix(self._tables, None, 0, (), 0)
             return self._root
 
     def constants(self, network: MegaNetwork) -> Constants:
         """What the weights as they are now mean for a step."""
-        with self._lock:
-            self._fitting(network)
-            return self._constants_of(network)
+        with self.lock:
+            self.refresh(network)
+            return self._constants
 
-    def fitting(self, network: MegaNetwork) -> Tables:
-        """The tables that prefixes must have their rows in: on the device and in the dtype of the network now."""
-        with self._lock:
-            return self._fitting(network)
+    def refresh(self, network: MegaNetwork) -> Tables:
+        """Sees to it that nothing is answered from other weights than the network has now. Runs under the lock.
+
+        Returns:
+            tables: that prefixes must have their rows in, for the device and dtype of the weights.
+        """
+        if self._weights is None or not self._weights.unchanged():
+            self._fit(network)
+            weights = Weights(network)  # first: should they change while the constants are made, the next call sees it
+            with torch.no_grad():
+                self._constants = Constants(network)
+            self._weights, self._graphs = weights, None
+        return self._tables
 
     @torch.no_grad()
     def adopt(self, network: MegaNetwork, memory: MegaMemory) -> Prefix:
         """A prefix for one hypothesis' memory that was built by hand or came from elsewhere."""
-        with self._lock:
-            tables = self._fitting(network)
-            length = memory.positions[0]
+        with self.lock:
+            self._fit(network)
+            tables, length = self._tables, memory.positions[0]
             attended = min(network.attended_labels(length), memory.padding.shape[1])
             inputs = memory.blocks[0].inputs
             count = max(attended, 0 if inputs is None else inputs.shape[1])
@@ -153,36 +162,35 @@ class PrefixMemory:
             return prefix
 
     def extend(self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
-        """Go on from each prefix by its label.
+        """Go on from each prefix by its label. Runs under the lock, after `refresh`.
 
         Args:
-            prefixes: those with rows in the tables that are `fitting`.
+            prefixes: with rows in the tables that `refresh` gave.
             labels: one for each, of the vocabulary.
 
         Returns:
             out: decoder output after the label. (B, D)
             extended: the longer prefixes.
         """
-        with self._lock:
-            constants = self._constants_of(network)
-            extended = [_known(prefix, label, constants) for prefix, label in zip(prefixes, labels, strict=True)]
-            if None in extended:
-                pairs = list(zip(prefixes, labels, strict=True))
-                new = list(dict.fromkeys(pair for pair, known in zip(pairs, extended, strict=True) if known is None))
-                made = dict(zip(new, self._evaluate(network, constants, new), strict=True))
-                extended = [known or made[pair] for pair, known in zip(pairs, extended, strict=True)]
-            for prefix in extended:
-                self._recent[prefix] = None
-                self._recent.move_to_end(prefix)
-            outputs = self._tables.ends.tensors[1][0]
-            if len(extended) == 1:
-                out = outputs.narrow_copy(0, extended[0].end.index, 1)
-            else:
-                ends = torch.tensor([prefix.end.index for prefix in extended])
-                out = outputs.index_select(0, ends.to(outputs.device, non_blocking=True))
-            while len(self._recent) > self.remembered:
-                self._recent.popitem(last=False)
-            return out, extended
+        constants = self._constants
+        extended = [_known(prefix, label, constants) for prefix, label in zip(prefixes, labels, strict=True)]
+        if None in extended:
+            pairs = list(zip(prefixes, labels, strict=True))
+            new = list(dict.fromkeys(pair for pair, known in zip(pairs, extended, strict=True) if known is None))
+            made = dict(zip(new, self._evaluate(network, constants, new), strict=True))
+            extended = [known or made[pair] for pair, known in zip(pairs, extended, strict=True)]
+        for prefix in extended:
+            self._recent[prefix] = None
+            self._recent.move_to_end(prefix)
+        outputs = self._tables.ends.tensors[1][0]
+        if len(extended) == 1:
+            out = outputs.narrow_copy(0, extended[0].end.index, 1)
+        else:
+            ends = torch.tensor([prefix.end.index for prefix in extended])
+            out = outputs.index_select(0, ends.to(outputs.device, non_blocking=True))
+        while len(self._recent) > self.remembered:
+            self._recent.popitem(last=False)
+        return out, extended
 
     def memory(self, prefix: Prefix, network: MegaNetwork) -> MegaMemory:
         """What `network.extend` and the documented states take, as new tensors of a batch of one."""
@@ -218,19 +226,10 @@ class PrefixMemory:
 
     # -- all below runs under the lock
 
-    def _fitting(self, network: MegaNetwork) -> Tables:
+    def _fit(self, network: MegaNetwork) -> None:
         if self._tables is None or not self._tables.fit(network):
             self.forget()
             self._tables, self._weights, self._graphs = Tables(network), None, None
-        return self._tables
-
-    def _constants_of(self, network: MegaNetwork) -> Constants:
-        if self._weights is None or not self._weights.unchanged():
-            weights = Weights(network)  # first: should they change while the constants are made, the next call sees it
-            with torch.no_grad():
-                self._constants = Constants(network)
-            self._weights, self._graphs = weights, None
-        return self._constants
 
     @torch.no_grad()
     def _evaluate(self, network: MegaNetwork, constants: Constants, new: list[tuple[Prefix, int]]) -> list[Prefix]:
@@ -264,6 +263,8 @@ class PrefixMemory:
 
     def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]):
         """What a step goes on from, in the form that takes least."""
+        if len(prefixes) == 1 and prefixes[0].padded is None and not padding[0] and not constants.half:
+            return self._line(network, constants, prefixes[0])
         views = [_view(prefix, padded) for prefix, padded in zip(prefixes, padding, strict=True)]
         rows = [view[0] for view in views]
         P = _common(rows)
@@ -285,6 +286,12 @@ class PrefixMemory:
             index = torch.from_numpy(own).to(labels.device, non_blocking=True)
             labels[:, P:U] = self._tables.labels.tensors[0].index_select(1, index)
         return Together(ema, inputs, labels, self._bias(network, constants, distance))
+
+    def _line(self, network: MegaNetwork, constants: Constants, prefix: Prefix) -> Together:
+        """The past of one prefix that sees all its labels."""
+        labels = self._gathered_once(prefix, prefix.rows, 1)
+        bias = constants.bias_of_a_line(network, labels.shape[1])[:, None]
+        return Together(self._ema(network, [prefix]), self._inputs(network, [prefix]), labels, bias)
 
     def _bias(self, network: MegaNetwork, constants: Constants, distance: np.ndarray) -> Tensor:
         """Position bias for distances of labels; -inf where one is negative. (blocks, ...)"""

@@ -86,16 +86,27 @@ class Constants:
             (block.qk_weight * s, block.qk_bias * s) for (block, _), s in zip(network.mega_blocks, scale, strict=True)
         ]
         self.linear = PackedLayers(network)
-        self._bias = None  # longer each time more is asked for; set whole, because threads share it
+        # Longer each time more is asked for; set whole, because threads share it
+        self._bias: tuple[Tensor, Tensor] | None = None
 
     def bias(self, network: MegaNetwork, distances: int) -> Tensor:
         """Position bias of each block for the distances 0 .. at least distances - 1, and -inf at last: what is not
         seen. (blocks, > distances)"""
-        table = self._bias
-        if table is None or distances >= table.shape[1]:
+        return self._biases(network, distances)[0]
+
+    def bias_of_a_line(self, network: MegaNetwork, distances: int) -> Tensor:
+        """The same for the distances from distances - 1 down to 0: of labels one after the other, the new one at last.
+        (blocks, distances)"""
+        backwards = self._biases(network, distances)[1]
+        return backwards[:, backwards.shape[1] - distances :]
+
+    def _biases(self, network: MegaNetwork, distances: int) -> tuple[Tensor, Tensor]:
+        biases = self._bias
+        if biases is None or distances > biases[1].shape[1]:
             by_block = [block.rel_pos_bias.by_distance(max(64, 2 * distances)) for block, _ in network.mega_blocks]
-            self._bias = table = torch.nn.functional.pad(torch.stack(by_block), (0, 1), value=float("-inf"))
-        return table
+            table = torch.stack(by_block)
+            self._bias = biases = torch.nn.functional.pad(table, (0, 1), value=float("-inf")), table.flip(1)
+        return biases
 
 
 def step(

@@ -13,8 +13,6 @@ from operator import attrgetter, is_
 import torch
 from torch import nn
 
-from espnet_mega_plugin.mega.precision import autocast_dtype
-
 _version = attrgetter("_version")
 
 
@@ -22,31 +20,39 @@ class Weights:
     """A network's weights as they are when this is made."""
 
     def __init__(self, network: nn.Module):
-        # Each module's own dicts of submodules and parameters: a walk through a network takes far longer than these
-        self._dicts = [held for module in network.modules() for held in (module._modules, module._parameters) if held]
-        self._entries = [*chain.from_iterable(map(dict.values, self._dicts))]
+        # Views of each module's own dicts of submodules and parameters: a walk through a network takes far longer
+        dicts = (held for module in network.modules() for held in (module._modules, module._parameters))
+        self._held = [held.values() for held in dicts if held]
+        self._entries = [*chain.from_iterable(self._held)]
         self._parameters = list(network.parameters())
-        self._versions = self._versions_now()
+        self._changes = self._changes_now()
         # Held, so that no tensor made later lies where one of these does
         self._tensors = [parameter.detach() for parameter in self._parameters]
         self._places = self._places_now()
-        self._device = self._parameters[0].device
-        self._autocast = autocast_dtype(self._device)
+        kind = self._parameters[0].device.type
+        self._autocasts = kind if torch.amp.is_autocast_available(kind) else None
+        self._autocast = self._autocast_now()
 
     def unchanged(self) -> bool:
         return (
-            sum(map(len, self._dicts)) == len(self._entries)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._entries))
-            and self._versions_now() == self._versions
+            sum(map(len, self._held)) == len(self._entries)
+            and all(map(is_, chain.from_iterable(self._held), self._entries))
+            and self._changes_now() == self._changes
             and self._places_now() == self._places
-            and autocast_dtype(self._device) == self._autocast
+            and self._autocast_now() == self._autocast
         )
+
+    def _autocast_now(self) -> torch.dtype | None:
+        """As `precision.autocast_dtype`, without asking again whether the device has it."""
+        if self._autocasts is None or not torch.is_autocast_enabled(self._autocasts):
+            return None
+        return torch.get_autocast_dtype(self._autocasts)
 
     def _places_now(self) -> list[int]:
         return [*map(torch.Tensor.data_ptr, self._parameters)]
 
-    def _versions_now(self) -> list[int]:
+    def _changes_now(self) -> int:
         try:
-            return [*map(_version, self._parameters)]
+            return sum(map(_version, self._parameters))  # a parameter's own number only grows
         except RuntimeError:  # tensors made in inference mode have none
-            return [parameter._version for parameter in self._parameters if not parameter.is_inference()]
+            return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
