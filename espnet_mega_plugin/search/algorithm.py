@@ -95,6 +95,8 @@ class Algorithm:
     def _unpacked(self, rows: Tensor, there: Tensor) -> Tensor:
         """What there is of each row, in the rows' places; 0 elsewhere. (R, ...) -> (B, H, ...)"""
         shape = *there.shape, *rows.shape[1:]
+        if not self.tree.fixed_shapes and rows.shape[0] == there.numel():
+            return rows.view(shape)
         there = there.view(*there.shape, *(1 for _ in rows.shape[1:]))
         if self.tree.fixed_shapes:
             return torch.where(there, rows.view(shape), 0)

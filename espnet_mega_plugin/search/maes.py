@@ -135,7 +135,7 @@ class Maes(Algorithm):
         else:
             row = self._rows(there)
         if self.tokens > 1:
-            loud &= ~self._ruled_out(blank, label, log_probs, row)[..., None]
+            loud &= ~self._ruled_out(loud, blank, label, log_probs, row)[..., None]
 
         passed = (~loud.any(-1) & in_time).cumprod(1).bool()  # (B, W)
         blank = torch.where(passed[..., None], blank, 0.0).sum(1)
@@ -148,10 +148,11 @@ class Maes(Algorithm):
             row = row[hypotheses.there & busy[:, None]]
         return busy, log_probs[row.flatten()]
 
-    def _ruled_out(self, blank: Tensor, label: Tensor, log_probs: Tensor, row: Tensor) -> Tensor:
+    def _ruled_out(self, loud: Tensor, blank: Tensor, label: Tensor, log_probs: Tensor, row: Tensor) -> Tensor:
         """Frames of a window at which the bound leaves no label, if the frames before it are passed by blank.
 
         Args:
+            loud: hypotheses that may take a label; only frames that have one are looked at. (B, W, H) bool
             blank, label: log-probabilities of blank and of the most probable label. (B, W, H)
             log_probs, row: of all tokens, and each hypothesis' row in it. (R, V), (B, W, H)
 
@@ -165,13 +166,15 @@ class Maes(Algorithm):
         after = hypotheses.score[:, None] + blank.cumsum(1)
         least = after.amin(-1) - self._margin
         after_label = after - blank + label + self.predictions.largest
+        hopeless = ((after_label < least[..., None]) & hypotheses.there[:, None]).all(-1)
+        if not self.tree.fixed_shapes and not bool((hopeless & loud.any(-1)).any()):
+            return hopeless
         within, next_label = self._prefixes()
         # a label that leads to another hypothesis adds to that one's score, however small it is; without such a label
         # every candidate is the only one on its way
         paths = log_probs[row[..., None], next_label[:, None]]  # (B, W, H, H)
         adds = within[:, None] & (paths >= (torch.maximum(blank, label) - self.gamma)[..., None])
-        hopeless = (after_label < least[..., None]) & hypotheses.there[:, None]
-        return hopeless.all(-1) & ~adds.flatten(2).any(-1)
+        return hopeless & ~adds.flatten(2).any(-1)
 
     def _prefixes(self) -> tuple[Tensor, Tensor]:
         """Which hypotheses another one goes on from, and by which label. [h, i]: h before i. (B, H, H) bool, int64"""
@@ -208,8 +211,9 @@ class Maes(Algorithm):
         for n in range(self.nstep):
             by_blank, taken = self._take(hypotheses, log_probs)
             ended.append(by_blank)
-            taken = self._drop_hopeless(ended, taken)
-            if taken.there.shape[1] == 0:
+            if taken is not None:
+                taken = self._drop_hopeless(ended, taken)
+            if taken is None:
                 return joined(ended)
             is_last = n == self.nstep - 1
             if self._many(taken):
@@ -235,7 +239,7 @@ class Maes(Algorithm):
         hypotheses, log_probs = self._take_on(first)
         can_end = self._end(hypotheses, log_probs) if is_last else self._take(hypotheses, log_probs)[0]
         others = self._drop_hopeless([*ended, can_end], others, None if is_last else hypotheses)
-        if others.there.shape[1] == 0:
+        if others is None:
             return hypotheses, log_probs
         more, more_log_probs = self._take_on(others)
         rows = [self._rows(hypotheses.there), self._rows(more.there) + len(log_probs)]
@@ -246,8 +250,8 @@ class Maes(Algorithm):
         """The number of each one's row among those that are there."""
         return (there.flatten().cumsum(0) - 1).view(there.shape)
 
-    def _take(self, hypotheses: Hypotheses, log_probs: Tensor) -> tuple[Hypotheses, Taken]:
-        """What the hypotheses may do next: end the frame, or take a label."""
+    def _take(self, hypotheses: Hypotheses, log_probs: Tensor) -> tuple[Hypotheses, Taken | None]:
+        """What the hypotheses may do next: end the frame, or take a label, if there is any to take."""
         there = hypotheses.there
         (B, H), K = there.shape, self.tokens
         value, token = log_probs.topk(K, -1)
@@ -264,6 +268,8 @@ class Maes(Algorithm):
         index = packed(kept, self.most, score.flatten(1))
         if index is None:
             index = torch.arange(H * K, device=kept.device).expand(B, -1)
+        if index.shape[1] == 0:
+            return by_blank, None
         label, logp = token.flatten(1).gather(1, index), value.flatten(1).gather(1, index)
         source = index // K
         taken = hypotheses.picked(source, kept.gather(1, index))
@@ -274,14 +280,12 @@ class Maes(Algorithm):
         known = torch.where(taken.there, self.tree.find(taken.node, label), -1)
         return by_blank, Taken(score, taken.node, taken.entry, taken.there, label, logp, known)
 
-    def _drop_hopeless(self, ended: list[Hypotheses], taken: Taken, others: Hypotheses | None = None) -> Taken:
-        """Leave out what the bound rules out (top of the file).
+    def _drop_hopeless(self, ended: list[Hypotheses], taken: Taken, others: Hypotheses | None = None) -> Taken | None:
+        """Leave out what the bound rules out (top of the file); None where that is all.
 
         Args:
             others: that have taken their labels already and may take more at this frame.
         """
-        if taken.there.shape[1] == 0:
-            return taken
         ended, lineage, known = joined(ended), self.tree.lineage, taken.known
         if not self.tree.fixed_shapes and int(ended.there.sum(1).max()) < self.beam_size:
             return taken
@@ -308,7 +312,9 @@ class Maes(Algorithm):
         kept = hopeful | (taken.there & (of_others | (comparable & hopeful[:, None]).any(-1)))
         taken = taken._replace(there=kept)
         index = None if self.tree.fixed_shapes else packed(kept)
-        return taken if index is None else taken.picked(index)
+        if index is None:
+            return taken
+        return taken.picked(index) if index.shape[1] else None
 
     def _take_on(self, taken: Taken) -> tuple[Hypotheses, Tensor]:
         """The hypotheses with their new labels, and their log_probs at this frame; prefixes that are new are scored."""

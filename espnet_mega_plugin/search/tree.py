@@ -126,16 +126,16 @@ class LabelTree:
         node = torch.where(new, self.node_count[:, None] + new.cumsum(1) - 1, known).clamp(min=0)
         score = wanted & (new | (self.leaf.gather(1, known.clamp(min=0)) < 0))
         leaf = (self.leaf_count[:, None] + score.cumsum(1) - 1).clamp(min=0)
+        self.node_count += new.sum(1)
+        self.leaf_count += score.sum(1)
         if self.fixed_shapes:
             self.used_nodes, self.used_leaves = self.used_nodes + C, self.used_leaves + C
         else:
-            self.used_nodes = int((self.node_count + new.sum(1)).max())
-            self.used_leaves = int((self.leaf_count + score.sum(1)).max())
-        self.node_count += new.sum(1)
-        self.leaf_count += score.sum(1)
+            self.used_nodes, self.used_leaves = int(self.node_count.max()), int(self.leaf_count.max())
 
         rows = self._rows(score, node, leaf, parent, label)
-        self._write(rows)
+        if len(rows.node):
+            self._write(rows)
         return node, rows
 
     def _rows(self, score: Tensor, node: Tensor, leaf: Tensor, parent: Tensor, label: Tensor) -> Rows:
