@@ -436,7 +436,7 @@ class Step(torch.nn.Module):
 
     def forward(self, labels, ema, shared, own, bias):
         out, fresh = step(self.model, self.constants, labels, None, Past(ema, None, shared, own, bias))
-        return out, torch.stack(fresh.ema), torch.stack(fresh.keys_values)
+        return out, fresh.ema, fresh.keys_values
 
 
 def step_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tensor, ...]:

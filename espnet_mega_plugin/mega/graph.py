@@ -112,7 +112,7 @@ class _Step:
         bias[:, :B, self.U : self.U + B] = past.bias[:, :, U:]
         self.recorded.replay()
         out, fresh = self.result
-        return out[:B], Fresh(*([tensor[:B] for tensor in tensors] for tensors in fresh))
+        return out[:B], Fresh(*(None if x is None else x[:, :B] for x in fresh))
 
 
 def _casting_anew(device: torch.device) -> AbstractContextManager:

@@ -85,9 +85,9 @@ class MegaPool:
         past = (_PiecesPast if rows.valid is None else _DensePast)(self, rows, tree)
         out, fresh = step(network, self.constants, rows.label, padding, past)
         if self.inputs is not None:
-            self.inputs.put(rows.utterance, rows.node, torch.stack(fresh.inputs), rows.valid)
+            self.inputs.put(rows.utterance, rows.node, fresh.inputs, rows.valid)
         else:
-            self.ema.put(rows.utterance, rows.leaf, torch.stack(fresh.ema), rows.valid)
+            self.ema.put(rows.utterance, rows.leaf, fresh.ema, rows.valid)
         return out
 
     def clear(self, utterance: int) -> None:

@@ -243,10 +243,10 @@ class PrefixMemory:
         self.evaluated += len(new)
         masked = torch.tensor(padding).to(tables.device, non_blocking=True) if any(padding) else None
         out, fresh = self._step(network, constants, label_ids, masked, past)
-        tables.ends.tensors[0].index_copy_(1, end_index, torch.stack(fresh.ema).to(tables.exact))
-        tables.labels.tensors[0].index_copy_(1, label_index, torch.stack(fresh.keys_values).to(tables.dtype))
-        if fresh.inputs:
-            tables.labels.tensors[1].index_copy_(1, label_index, torch.stack(fresh.inputs).to(tables.exact))
+        tables.ends.tensors[0].index_copy_(1, end_index, fresh.ema.to(tables.exact))
+        tables.labels.tensors[0].index_copy_(1, label_index, fresh.keys_values.to(tables.dtype))
+        if fresh.inputs is not None:
+            tables.labels.tensors[1].index_copy_(1, label_index, fresh.inputs.to(tables.exact))
         tables.ends.tensors[1].index_copy_(1, end_index, out.to(tables.dtype)[None])
         return [
             _child(network, constants, prefix, label, padded, label_row, end_row)

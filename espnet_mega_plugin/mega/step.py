@@ -59,11 +59,11 @@ class Together(NamedTuple):
 
 
 class Fresh(NamedTuple):
-    """What the new labels leave behind; one entry a block."""
+    """What the new labels leave behind."""
 
-    ema: list[Tensor]  # (B, N, D)
-    inputs: list[Tensor]  # (B, D)
-    keys_values: list[Tensor]  # (B, S + E)
+    ema: Tensor  # (blocks, B, N, D)
+    inputs: Tensor | None  # with a truncation length. (blocks, B, D)
+    keys_values: Tensor  # (blocks, B, S + E)
 
 
 class Constants:
@@ -124,48 +124,56 @@ def step(
         fresh: what to remember of the new labels.
     """
     x = network.embed(labels)
-    fresh = Fresh([], [], [])
-    decayed = None if past.ema is None else past.ema * constants.decay
+    # decayed here for all blocks at once; each then adds its input where the state stands
+    ema = [None] * len(network.mega_blocks) if past.ema is None else past.ema * constants.decay
+    states, inputs, keys_values = [], [], []
     for b, (block, feed_forward) in enumerate(network.mega_blocks):
-        x = _block(block, constants, b, x, padding, past, decayed, fresh)
+        x, state, seen, key_value = _block(block, constants, b, x, padding, past, ema[b])
         x = feed_forward.extend(x, constants.linear)
-    return network.final_norm(x), fresh
+        states.append(state)
+        inputs.append(seen)
+        keys_values.append(key_value)
+    ema, inputs = (torch.stack(states), torch.stack(inputs)) if past.ema is None else (ema, None)
+    return network.final_norm(x), Fresh(ema, inputs, torch.stack(keys_values))
 
 
-def _block(block, constants: Constants, b: int, x: Tensor, padding: Tensor | None, past: Past, decayed, fresh: Fresh):
+def _block(block, constants: Constants, b: int, x: Tensor, padding: Tensor | None, past, decayed: Tensor | None):
     linear = constants.linear
     entered = block.enter(x)
     value = block.activation(linear(block.proj_v, entered))
-    averaged = _average(block.multihead_damped_ema, constants.ema[b], b, entered, padding, past, decayed, fresh)
+    before = past.inputs[b] if decayed is None else decayed
+    averaged, state, seen = _average(block.multihead_damped_ema, constants.ema[b], entered, padding, before)
     update, z_r, intermediate = linear(block.proj_mx, averaged).split(block.split_sizes, dim=-1)
     update, z_r = torch.sigmoid(update), block.activation(z_r)
     z, r = z_r[:, : block.qk_size], z_r[:, block.qk_size :]
     weight, bias = constants.query_key[b]
     query, key = torch.addcmul(bias, z.unsqueeze(1), weight).unbind(1)
     key_value = torch.cat([key, value.to(key.dtype)], 1)
-    fresh.keys_values.append(key_value)
     attended = past.attend(b, query, key_value, value.dtype)
-    return block.leave(x, update, block.activation(intermediate + linear(block.proj_h, attended * r)))
+    x = block.leave(x, update, block.activation(intermediate + linear(block.proj_h, attended * r)))
+    return x, state, seen, key_value
 
 
-def _average(
-    ema, coefficients: Coefficients, b: int, x: Tensor, padding: Tensor | None, past: Past, decayed, fresh: Fresh
-):
+def _average(ema, coefficients: Coefficients, x: Tensor, padding: Tensor | None, before: Tensor):
+    """The average with the new label, the state after it, the input as the average sees it.
+
+    Args:
+        before: the decayed state, which becomes the new one (B, N, D); with a truncation length the last inputs.
+            (B, <K, D)
+    """
     weight, decay, project = coefficients
     with without_autocast(x.device):
         seen = x.to(torch.promote_types(x.dtype, decay.dtype))
         if padding is not None:
             seen = seen.masked_fill(padding[:, None], 0.0)
-        if past.inputs is None:
-            state = torch.addcmul(decayed[b], weight, seen.unsqueeze(1))
+        if ema.truncation_length is None:
+            state = before.addcmul_(weight, seen.unsqueeze(1))
         else:
-            window = torch.cat([past.inputs[b], seen[:, None]], 1)
+            window = torch.cat([before, seen[:, None]], 1)
             lag = torch.arange(window.shape[1] - 1, -1, -1, device=x.device)
             state = torch.einsum("bkd,knd->bnd", window, weight * decay ** lag[:, None, None])
-            fresh.inputs.append(seen)
-        fresh.ema.append(state)
         y = (state * project).sum(1).to(x.dtype)
-    return ema.activation(torch.addcmul(y, x, ema.residual_weight))
+    return ema.activation(torch.addcmul(y, x, ema.residual_weight)), state, seen
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, shared: Tensor, own: Tensor, bias: Tensor) -> Tensor:
