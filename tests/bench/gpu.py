@@ -192,6 +192,7 @@ def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
     exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2).double()
     network = copy.deepcopy(exact).to(DEVICE, dtype).eval()
     memory = PrefixMemory(recorder=RECORDER if graphs else None)
+    memory.refresh(network)
     beam, draw = [([0], memory.extend(network, [memory.root(network)], [0])[1][0])], random.Random(5)
     for _ in range(steps):
         chosen = [(draw.choice(beam), draw.randrange(1, 50)) for _ in range(5)]
@@ -212,6 +213,7 @@ def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
             for method, recorder in (("as it is", None), ("recorded", RECORDER)):
                 memory = PrefixMemory(recorder=recorder)
                 prefix = memory.root(network)
+                memory.refresh(network)
                 for label in range(history):
                     _, (prefix,) = memory.extend(network, [prefix], [label % 499 + 1])
                 last = memory.extend(network, [prefix] * B, list(range(1, B + 1)))[1]
