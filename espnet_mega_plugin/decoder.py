@@ -6,7 +6,6 @@ B batch, L labels, D block size, N EMA heads, W remembered labels.
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +13,12 @@ import torch
 from espnet2.asr_transducer.decoder.abs_decoder import AbsDecoder
 from torch import Tensor
 
-from espnet_mega_plugin.mega.graph import cuda_graph
 from espnet_mega_plugin.mega.network import MegaNetwork
 from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory, Tables
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
-
-GRAPHS_SWITCH = "ESPNET_MEGA_PLUGIN_CUDA_GRAPHS"
+from espnet_mega_plugin.recording import cuda_graph, switched_on
 
 
 class MEGADecoder(MegaNetwork, AbsDecoder):
@@ -95,7 +92,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__(**arguments)
         self.prefixes = PrefixMemory()
-        self.cuda_graphs = _switched_on(GRAPHS_SWITCH)
+        self.cuda_graphs = switched_on()
         self.score_cache = {}
 
     @property
@@ -337,9 +334,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     # -- prefixes and the states that stand for them
 
     def _extended(self, states: list[Documented], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
-        with self.prefixes.lock:
-            tables = self.prefixes.refresh(self)
-            return self.prefixes.extend(self, [self._prefix(one, tables) for one in states], labels)
+        return self.prefixes.extend(self, lambda tables: [self._prefix(one, tables) for one in states], labels)
 
     def _prefix(self, states: Documented, tables: Tables) -> Prefix:
         """What scoring goes on from; a state built by hand, or one from before a move to another device, is copied."""
@@ -391,13 +386,6 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         replica = super()._replicate_for_data_parallel()
         replica.prefixes = self.prefixes.fresh()
         return replica
-
-
-def _switched_on(name: str) -> bool:
-    value = os.environ.get(name, "0")
-    if value not in ("0", "1"):
-        raise ValueError(f"{name} in the environment must be 0 or 1; got {value!r}.")
-    return value == "1"
 
 
 def _integer(name: str, value: Any) -> int:

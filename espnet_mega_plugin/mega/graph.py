@@ -1,48 +1,24 @@
-"""A step of fixed shapes, recorded once and replayed: on a GPU one launch in place of one for each operation.
+"""A step of fixed shapes, recorded once and replayed (`recording.py`).
 
-A CUDA graph repeats its kernels with the addresses and shapes it was recorded with. So a step's inputs are copied to
-where the recorded one reads them, filled up to the next of a few sizes: places no hypothesis has, labels nobody sees.
+A step's inputs are copied to where the recorded one reads them, filled up to the next of a few sizes: places no
+hypothesis has, labels nobody sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from espnet_mega_plugin.mega.precision import autocast_dtype
 from espnet_mega_plugin.mega.step import Constants, Fresh, Together, step
+from espnet_mega_plugin.recording import Recorder, casting_anew
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
 
 HYPOTHESES, LABELS = 32, 4096  # the largest sizes that are recorded; a step beyond them runs as it is
 FEWEST = 64  # labels; sizes between are powers of two, so that a decoder records some dozens of steps at most
-
-
-class Recorded(Protocol):
-    def replay(self) -> None:
-        """Run what was recorded once more, on the same tensors."""
-
-
-Recorder = Callable[[Callable[[], None]], Recorded]
-
-
-def cuda_graph(run: Callable[[], None]) -> Recorded:
-    """A CUDA graph of a function without arguments and results, which runs a few times."""
-    beside = torch.cuda.Stream()  # what is loaded, compiled and allotted at first must not be recorded
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 class StepGraphs:
@@ -80,7 +56,7 @@ class _Step:
         self.U, self.result = U, None
 
         def run() -> None:
-            with _casting_anew(self.labels.device):
+            with casting_anew(self.labels.device):
                 self.result = step(network, constants, self.labels, self.padding, self.past)
 
         self._hide_all()
@@ -113,12 +89,6 @@ class _Step:
         self.recorded.replay()
         out, fresh = self.result
         return out[:B], Fresh(*(None if x is None else x[:, :B] for x in fresh))
-
-
-def _casting_anew(device: torch.device) -> AbstractContextManager:
-    """The same autocast without its cache, whose tensors are gone when what was recorded is replayed."""
-    dtype = autocast_dtype(device)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def _at_least(count: int, fewest: int) -> int:

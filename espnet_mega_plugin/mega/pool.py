@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 class MegaPool:
+    recordable = True
+
     def __init__(self, network: MegaNetwork, constants: Constants):
         """
         Args:

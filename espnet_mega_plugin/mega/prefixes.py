@@ -15,18 +15,20 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from espnet_mega_plugin.mega.graph import Recorder, StepGraphs, cuda_graph
+from espnet_mega_plugin.mega.graph import StepGraphs
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.rows import Row, Table
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 from espnet_mega_plugin.mega.step import Constants, Past, Together, step
 from espnet_mega_plugin.mega.weights import Weights
+from espnet_mega_plugin.recording import Recorder, cuda_graph
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
@@ -79,12 +81,12 @@ class PrefixMemory:
     Args:
         remembered: how many prefixes are kept that nobody holds a state of, the last used ones. A search asks again for
             what it expanded one or two frames ago.
-        recorder: what records steps of fixed shapes that are replayed (`graph.py`); None: each step runs as it is.
+        recorder: what records steps of fixed shapes that are replayed (`recording.py`); None: each step runs as it is.
     """
 
     def __init__(self, remembered: int = 1024, recorder: Recorder | None = None):
         self.remembered, self.recorder = remembered, recorder
-        self.lock = threading.RLock()  # held from `refresh` until what it said is no more relied on
+        self._lock = threading.RLock()
         self._tables: Tables | None = None
         self._weights: Weights | None = None  # that the constants were made of
         self._constants: Constants | None = None
@@ -94,7 +96,7 @@ class PrefixMemory:
 
     def forget(self) -> None:
         """Drop all that no state refers to. States handed out stay valid."""
-        with self.lock:
+        with self._lock:
             self._recent: OrderedDict[Prefix, None] = OrderedDict()
             self._root: Prefix | None = None
             self._shared: tuple[Prefix | None, np.ndarray, Tensor | None] = (None, NO_ROWS, None)
@@ -109,7 +111,7 @@ class PrefixMemory:
 
     def root(self, network: MegaNetwork) -> Prefix:
         """The prefix before the first label."""
-        with self.lock:
+        with self._lock:
             self._fit(network)
             if self._root is None:
                 self._root = Prefix(self._tables, None, 0, (), 0)
@@ -117,28 +119,14 @@ class PrefixMemory:
 
     def constants(self, network: MegaNetwork) -> Constants:
         """What the weights as they are now mean for a step."""
-        with self.lock:
-            self.refresh(network)
+        with self._lock:
+            self._refresh(network)
             return self._constants
-
-    def refresh(self, network: MegaNetwork) -> Tables:
-        """Sees to it that nothing is answered from other weights than the network has now. Runs under the lock.
-
-        Returns:
-            tables: that prefixes must have their rows in, for the device and dtype of the weights.
-        """
-        if self._weights is None or not self._weights.unchanged():
-            self._fit(network)
-            weights = Weights(network)  # first: should they change while the constants are made, the next call sees it
-            with torch.no_grad():
-                self._constants = Constants(network)
-            self._weights, self._graphs = weights, None
-        return self._tables
 
     @torch.no_grad()
     def adopt(self, network: MegaNetwork, memory: MegaMemory) -> Prefix:
         """A prefix for one hypothesis' memory that was built by hand or came from elsewhere."""
-        with self.lock:
+        with self._lock:
             self._fit(network)
             tables, length = self._tables, memory.positions[0]
             attended = min(network.attended_labels(length), memory.padding.shape[1])
@@ -161,36 +149,23 @@ class PrefixMemory:
                     tables.labels.tensors[1][b, index[count - seen.shape[0] :]] = seen
             return prefix
 
-    def extend(self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
-        """Go on from each prefix by its label. Runs under the lock, after `refresh`.
+    def extend(
+        self, network: MegaNetwork, prefixes_in: Callable[[Tables], list[Prefix]], labels: list[int]
+    ) -> tuple[Tensor, list[Prefix]]:
+        """Go on from each prefix by its label.
 
         Args:
-            prefixes: with rows in the tables that `refresh` gave.
+            prefixes_in: gives the prefixes, with rows in these tables: those for the network's device and dtype as they
+                are now.
             labels: one for each, of the vocabulary.
 
         Returns:
             out: decoder output after the label. (B, D)
             extended: the longer prefixes.
         """
-        constants = self._constants
-        extended = [_known(prefix, label, constants) for prefix, label in zip(prefixes, labels, strict=True)]
-        if None in extended:
-            pairs = list(zip(prefixes, labels, strict=True))
-            new = list(dict.fromkeys(pair for pair, known in zip(pairs, extended, strict=True) if known is None))
-            made = dict(zip(new, self._evaluate(network, constants, new), strict=True))
-            extended = [known or made[pair] for pair, known in zip(pairs, extended, strict=True)]
-        for prefix in extended:
-            self._recent[prefix] = None
-            self._recent.move_to_end(prefix)
-        outputs = self._tables.ends.tensors[1][0]
-        if len(extended) == 1:
-            out = outputs.narrow_copy(0, extended[0].end.index, 1)
-        else:
-            ends = torch.tensor([prefix.end.index for prefix in extended])
-            out = outputs.index_select(0, ends.to(outputs.device, non_blocking=True))
-        while len(self._recent) > self.remembered:
-            self._recent.popitem(last=False)
-        return out, extended
+        with self._lock:
+            self._refresh(network)
+            return self._extended(network, prefixes_in(self._tables), labels)
 
     def memory(self, prefix: Prefix, network: MegaNetwork) -> MegaMemory:
         """What `network.extend` and the documented states take, as new tensors of a batch of one."""
@@ -226,10 +201,40 @@ class PrefixMemory:
 
     # -- all below runs under the lock
 
+    def _refresh(self, network: MegaNetwork) -> None:
+        """Sees to it that nothing is answered from other weights than the network has now."""
+        if self._weights is None or not self._weights.unchanged():
+            self._fit(network)
+            weights = Weights(network)  # first: should they change while the constants are made, the next call sees it
+            with torch.no_grad():
+                self._constants = Constants(network)
+            self._weights, self._graphs = weights, None
+
     def _fit(self, network: MegaNetwork) -> None:
         if self._tables is None or not self._tables.fit(network):
             self.forget()
             self._tables, self._weights, self._graphs = Tables(network), None, None
+
+    def _extended(self, network: MegaNetwork, prefixes: list[Prefix], labels: list[int]) -> tuple[Tensor, list[Prefix]]:
+        constants = self._constants
+        extended = [_known(prefix, label, constants) for prefix, label in zip(prefixes, labels, strict=True)]
+        if None in extended:
+            pairs = list(zip(prefixes, labels, strict=True))
+            new = list(dict.fromkeys(pair for pair, known in zip(pairs, extended, strict=True) if known is None))
+            made = dict(zip(new, self._evaluate(network, constants, new), strict=True))
+            extended = [known or made[pair] for pair, known in zip(pairs, extended, strict=True)]
+        for prefix in extended:
+            self._recent[prefix] = None
+            self._recent.move_to_end(prefix)
+        outputs = self._tables.ends.tensors[1][0]
+        if len(extended) == 1:
+            out = outputs.narrow_copy(0, extended[0].end.index, 1)
+        else:
+            ends = torch.tensor([prefix.end.index for prefix in extended])
+            out = outputs.index_select(0, ends.to(outputs.device, non_blocking=True))
+        while len(self._recent) > self.remembered:
+            self._recent.popitem(last=False)
+        return out, extended
 
     @torch.no_grad()
     def _evaluate(self, network: MegaNetwork, constants: Constants, new: list[tuple[Prefix, int]]) -> list[Prefix]:

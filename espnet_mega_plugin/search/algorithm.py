@@ -1,5 +1,9 @@
 """What the searches have in common.
 
+On a GPU nothing may hang on numbers that only the device knows, or the host would wait for it at each of them. There
+shapes are fixed (`LabelTree.fixed_shapes`), every EVERY rounds the host asks what was taken and makes room for as many
+more, and in between a round does the same operations on the same tensors: it can be recorded (`recording.py`).
+
 B utterances, H hypotheses, K tokens each of them may take, C candidates, R hypotheses that are there, J joint space,
 V tokens.
 """
@@ -9,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from espnet_mega_plugin.recording import RUNS, Recorded, Recorder, casting_anew
 from espnet_mega_plugin.search.beam import Hypotheses, at_start, best
 from espnet_mega_plugin.search.frames import Frames
 from espnet_mega_plugin.search.hypotheses import Traces
@@ -16,21 +21,79 @@ from espnet_mega_plugin.search.joint import Joint
 from espnet_mega_plugin.search.predictions import Predictions
 from espnet_mega_plugin.search.tree import LabelTree
 
+EVERY = 4  # rounds between two waits for a GPU; room for the most they can take has to be there
+
 
 class Algorithm:
-    """The hypotheses of a batch; a subclass has `advance`, which goes on as far as the frames reach."""
+    """The hypotheses of a batch; a subclass has `_round` and `_most_a_round`, or an `advance` of its own."""
 
     def __init__(self, joint: Joint, predictions: Predictions, tree: LabelTree, frames: Frames, beam_size: int):
         self.joint, self.predictions, self.tree, self.frames = joint, predictions, tree, frames
         self.beam_size = beam_size
-        self.traces = Traces(tree.utterances, tree.device)
+        self.traces = Traces(tree.utterances, tree.device, tree.fixed_shapes)
         self.hypotheses = at_start(tree.utterances, tree.device)
         self._utterance = torch.arange(tree.utterances, device=tree.device)[:, None]
+        self.recorder: Recorder | None = None  # what records rounds of fixed shapes; None: they run as they are
+        self._recorded: Recorded | None = None
+        self._recorded_on: tuple | None = None
+        self._rounds_ahead = 0  # that room was made for
 
     def start(self, begin: Tensor) -> None:
         """Some utterances begin. (B,) bool"""
         self.predictions.extend(self.tree.start(begin), self.tree)
-        self.hypotheses = at_start(len(begin), begin.device).where(begin, self.hypotheses)
+        start = at_start(len(begin), begin.device)
+        if self.tree.fixed_shapes:
+            start = start.widened(self.beam_size)
+        self._go_on_with(start.where(begin, self.hypotheses))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Go through all frames there are."""
+        every, rounds = EVERY if self.tree.fixed_shapes else 1, 0
+        while rounds % every or bool(self.frames.left.any()):
+            if self.tree.fixed_shapes:
+                self._make_room(self._most_a_round)
+            self._replayed_round() if self.recorder is not None else self._round()
+            rounds += 1
+
+    def _round(self) -> None:
+        """One step of the search; with fixed shapes room has been made for `_most_a_round` labels an utterance."""
+        raise NotImplementedError
+
+    @property
+    def _most_a_round(self) -> int:
+        raise NotImplementedError
+
+    def _replayed_round(self) -> None:
+        """A round as it was recorded, while what it works on stays where it was."""
+        if self._recorded_on == self._places():
+            self._recorded.replay()
+            return
+
+        def run() -> None:
+            with casting_anew(self.tree.device):
+                self._round()
+
+        self._recorded = None  # gives its memory back before another one is recorded
+        self._recorded = self.recorder(run)
+        self._recorded_on = self._places()
+
+    def _places(self) -> tuple:
+        """Where all is that a round changes or that others may replace. What scorers keep moves when the tree grows."""
+        tree, frames = self.tree, self.frames
+        held = [*self.hypotheses, *self.traces.tensors, frames.projected, frames.count, frames.at, frames.first]
+        held += [tree.parent, tree.label, tree.depth, tree.leaf, tree.owner, tree.lineage]
+        held += [tree.node_count, tree.leaf_count, self.predictions.projected, self.predictions.bonus]
+        return tuple((tensor.data_ptr(), tensor.shape) for tensor in held if tensor is not None)
+
+    def _go_on_with(self, hypotheses: Hypotheses) -> None:
+        """With fixed shapes they are written to where the last ones stand."""
+        if not self.tree.fixed_shapes or hypotheses.score.shape != self.hypotheses.score.shape:
+            self.hypotheses = hypotheses
+            return
+        for held, new in zip(self.hypotheses, hypotheses, strict=True):
+            if held is not new:
+                held.copy_(new)
 
     def widen(self, utterances: int) -> None:
         """More utterances side by side; `start` them before use."""
@@ -49,14 +112,26 @@ class Algorithm:
     def forget_traces(self) -> None:
         """Drop the record of what leads to no hypothesis any more."""
         hypotheses = self.hypotheses
-        self.hypotheses = hypotheses._replace(entry=self.traces.compacted(hypotheses.entry, hypotheses.there))
+        self._go_on_with(hypotheses._replace(entry=self.traces.compacted(hypotheses.entry, hypotheses.there)))
+        self._rounds_ahead = 0  # their room was given up
 
-    def _make_room(self, most: int) -> None:
-        """For so many labels an utterance. Renumbers the nodes of `self.hypotheses`."""
+    def _make_room(self, most: int, again: int = 0) -> None:
+        """For so many labels an utterance in a round; with fixed shapes for those of the next rounds, too. Renumbers
+        the nodes of `self.hypotheses`.
+
+        Args:
+            again: as of `LabelTree.make_room`.
+        """
+        if self.tree.fixed_shapes:
+            if self._rounds_ahead:
+                self._rounds_ahead -= 1
+                return
+            self._rounds_ahead = EVERY - 1
+            # a round that is recorded is run RUNS times, and each time goes on
+            most *= EVERY if self.recorder is None else EVERY + RUNS - 1
+            self.traces.reserve(most)
         live = self.hypotheses
-        # Each frame asks for much of what the one before it asked for
-        node = self.tree.make_room(most, most, live.node, live.there, again=2 * most)
-        self.hypotheses = live._replace(node=node)
+        self._go_on_with(live._replace(node=self.tree.make_room(most, most, live.node, live.there, again)))
 
     def _projected(self, node: Tensor) -> Tensor:
         """The prediction network's part of the joint network. (B, H) -> (B, H, J)"""
@@ -129,7 +204,8 @@ class Algorithm:
         tree, C = self.tree, label.shape[1]
         takes = chosen.there & (label != 0)
         known = torch.where(takes, tree.find(chosen.node, label), -1)
-        tree.reserve(C, C)
+        if not tree.fixed_shapes:
+            tree.reserve(C, C)
         node, rows = tree.add(takes, chosen.node, label, known)
         if len(rows.node):
             self.predictions.extend(rows, tree)

@@ -71,7 +71,8 @@ class Alsd(Algorithm):
         Returns:
             ended: what has come to its end by it. (B, H)
         """
-        self._make_room(self.beam_size)
+        # Each step asks for much of what the one before it asked for
+        self._make_room(self.beam_size, again=2 * self.beam_size)
         live, T, going = self.hypotheses, self.frames.count[:, None], i < steps
         at = i - self.tree.depth.gather(1, live.node)
         here = live._replace(there=live.there & (at < T) & going[:, None])
@@ -85,7 +86,7 @@ class Alsd(Algorithm):
         chosen, index = self._chosen(here, score, here.there[..., None].expand_as(score))
         label, logp = label.flatten(1).gather(1, index), logp.flatten(1).gather(1, index)
         longer = self._take_on(chosen, label, at.gather(1, index // score.shape[2]), logp)
-        self.hypotheses = merged(longer).where(going, live)
+        self.hypotheses = merged(longer, look=not self.tree.fixed_shapes).where(going, live)
         return ended
 
     def _frames(self, at: Tensor) -> Tensor:

@@ -49,14 +49,17 @@ def joined(parts: list[Hypotheses]) -> Hypotheses:
     return parts[0] if len(parts) == 1 else Hypotheses(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
 
-def merged(hypotheses: Hypotheses) -> Hypotheses:
+def merged(hypotheses: Hypotheses, look: bool = True) -> Hypotheses:
     """Equal label sequences become one with the sum of their probabilities; it keeps the likeliest one's record.
 
     It stands where the first of them stood; the others' places become empty.
+
+    Args:
+        look: whether to see first if any are equal; that waits for a GPU.
     """
     score, node, entry, there = hypotheses
     same = (node[:, :, None] == node[:, None]) & there[:, None] & there[:, :, None]  # (B, C, C)
-    if not same.is_cuda and not (same.sum(-1) > 1).any():
+    if look and not (same.sum(-1) > 1).any():
         return hypotheses
     alone = score.masked_fill(~there, -math.inf)
     scores = torch.where(same, alone[:, None], -math.inf)

@@ -42,6 +42,7 @@ class EmbeddingDecoder(LabelScorer):
     """ESPnet's StatelessDecoder: the last label's embedding; there is nothing to remember."""
 
     reach = 0  # labels back that nodes are looked at
+    recordable = True
 
     def __init__(self, decoder: nn.Module):
         self._decoder = decoder
@@ -59,6 +60,10 @@ class RecurrentDecoder(LabelScorer):
     def __init__(self, decoder: nn.Module):
         self._decoder = decoder
         self._layers = RecurrentLayers(decoder.rnn)
+
+    @property
+    def recordable(self) -> bool:
+        return self._layers.recordable
 
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         self._layers.reserve(utterances, leaves)

@@ -23,24 +23,47 @@ class Hypothesis:
 
 
 class Traces:
-    """How hypotheses took their labels: an entry a label, pointing at the one before it. B utterances, C at once."""
+    """How hypotheses took their labels: an entry a label, pointing at the one before it. B utterances, C at once.
 
-    def __init__(self, utterances: int, device: torch.device):
-        self.device, self.utterances, self.room, self.used = device, utterances, 0, 0
+    Args:
+        fixed_shapes: how many entries there are only the device knows, and room is made by `reserve` alone.
+    """
+
+    def __init__(self, utterances: int, device: torch.device, fixed_shapes: bool = False):
+        self.device, self.utterances, self.room = device, utterances, 0
+        self._end = torch.zeros((), dtype=torch.long, device=device) if fixed_shapes else 0
         self.before = self.label = self.frame = torch.zeros(utterances, 0, dtype=torch.long, device=device)
         self.logp = torch.zeros(utterances, 0, dtype=torch.float64, device=device)
 
     def add(self, before: Tensor, label: Tensor, frame: Tensor, logp: Tensor) -> Tensor:
         """Enter one label each; any may go unused. -1 stands before the first. All (B, C); -> entry (B, C)"""
         C = label.shape[1]
-        if self.used + C > self.room:
-            self._grow(max(256, 2 * self.room, self.used + C))
-        here = slice(self.used, self.used + C)
+        if isinstance(self._end, Tensor):
+            entry = here = torch.arange(C, device=self.device) + self._end
+        else:
+            self.reserve(C)
+            entry = torch.arange(self._end, self._end + C, device=self.device)
+            here = slice(self._end, self._end + C)
         self.before[:, here], self.label[:, here], self.frame[:, here] = before, label, frame
         self.logp[:, here] = logp
-        entry = torch.arange(self.used, self.used + C, device=self.device).expand(self.utterances, C)
-        self.used += C
-        return entry
+        self._end += C
+        return entry.expand(self.utterances, C)
+
+    @property
+    def used(self) -> int:
+        """Entries so far. With fixed shapes this waits for a GPU."""
+        return int(self._end)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        columns = self.before, self.label, self.frame, self.logp
+        return (*columns, self._end) if isinstance(self._end, Tensor) else columns
+
+    def reserve(self, more: int) -> None:
+        """Make room for so many more. May wait, as `used`."""
+        used = self.used
+        if used + more > self.room:
+            self._grow(max(256, 2 * self.room, used + more))
 
     def _grow(self, room: int) -> None:
         more = (0, room - self.room)
@@ -62,15 +85,16 @@ class Traces:
         Returns:
             entry: their new numbers; -1 where none is wanted. (B, H)
         """
-        kept = torch.zeros(self.utterances, self.used + 1, dtype=torch.bool, device=self.device)
+        had = self.used
+        kept = torch.zeros(self.utterances, had + 1, dtype=torch.bool, device=self.device)
         step = torch.where(wanted, entry, -1)
         while bool((step >= 0).any()):
-            kept.scatter_(1, torch.where(step >= 0, step, self.used), True)
-            before = self.before.gather(1, step.clamp(min=0)) if self.used else step
+            kept.scatter_(1, torch.where(step >= 0, step, had), True)
+            before = self.before.gather(1, step.clamp(min=0)) if had else step
             step = torch.where(step >= 0, before, -1)
         kept = kept[:, :-1]
         new = (kept.cumsum(1) - 1).clamp(min=0)
-        used = int(kept.sum(1).max()) if self.used else 0
+        used = int(kept.sum(1).max()) if had else 0
         old = torch.argsort(~kept, dim=1, stable=True)[:, :used]
         before = self.before.gather(1, old)
         before = torch.where(before >= 0, new.gather(1, before.clamp(min=0)), -1)
@@ -78,13 +102,14 @@ class Traces:
             before,
             *(tensor.gather(1, old) for tensor in (self.label, self.frame, self.logp)),
         )
-        self.room = self.used = used
+        self.room = used
+        self._end += used - had
         return torch.where(wanted & (entry >= 0), new.gather(1, entry.clamp(min=0)) if new.shape[1] else entry, -1)
 
     def read(self, utterance: int, scores: list[float], entries: list[int]) -> list[Hypothesis]:
         """The hypotheses of one utterance that end with these entries."""
-        columns = (self.before, self.label, self.frame, self.logp)
-        before, label, frame, logp = (column[utterance, : self.used].cpu() for column in columns)
+        used, columns = self.used, (self.before, self.label, self.frame, self.logp)
+        before, label, frame, logp = (column[utterance, :used].cpu() for column in columns)
         before = before.tolist()
         hypotheses = []
         for score, entry in zip(scores, entries, strict=True):

@@ -93,6 +93,10 @@ class RecurrentLM(LabelScorer):
         self._lm, self._sos = lm, vocab_size - 1
         self._layers = RecurrentLayers([lm.rnn])
 
+    @property
+    def recordable(self) -> bool:
+        return self._layers.recordable
+
     def fresh(self) -> RecurrentLM:
         return RecurrentLM(self._lm, self._sos + 1)
 

@@ -87,29 +87,26 @@ class Maes(Algorithm):
             self.most = beam_size * self.tokens if places is None else places
         self._short = torch.zeros((), dtype=torch.bool, device=tree.device)
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Go through all frames there are."""
-        check = 8 if self.tree.fixed_shapes else 1  # asking a GPU whether all is done means waiting for it
-        rounds = 0
-        while rounds % check or bool(self.frames.left.any()):
-            self._round()
-            rounds += 1
-
     def short_of_places(self) -> int | None:
         """How many places another attempt should have, where labels were left out for want of them; else None."""
         if self.most is None or not bool(self._short):  # waits for a GPU
             return None
         return min(4 * self.most, self.beam_size * self.tokens**self.nstep)
 
+    @property
+    def _most_a_round(self) -> int:
+        return 2 * self.tokens if self.most is None else self.most * self.nstep
+
     def _round(self) -> None:
+        """The next frames with nothing but blank, and the first other one."""
         busy, log_probs = self._skip_blank_frames()
-        if not self.tree.fixed_shapes and not bool(busy.any()):
-            return
-        most, live = 2 * self.tokens if self.most is None else self.most * self.nstep, self.hypotheses
-        self.hypotheses = live._replace(node=self.tree.make_room(most, most, live.node, live.there))
+        if not self.tree.fixed_shapes:
+            if not bool(busy.any()):
+                return
+            self._make_room(self._most_a_round)
         ended = self._expand(self.hypotheses, busy, log_probs)
-        self.hypotheses = best(merged(ended), self.beam_size).where(busy, self.hypotheses)
+        together = merged(ended, look=not self.tree.fixed_shapes)
+        self._go_on_with(best(together, self.beam_size).where(busy, self.hypotheses))
         self.frames.at += busy
 
     # --- frames with nothing but blank
@@ -139,7 +136,7 @@ class Maes(Algorithm):
 
         passed = (~loud.any(-1) & in_time).cumprod(1).bool()  # (B, W)
         blank = torch.where(passed[..., None], blank, 0.0).sum(1)
-        self.hypotheses = hypotheses._replace(score=hypotheses.score + blank)
+        self._go_on_with(hypotheses._replace(score=hypotheses.score + blank))
         number = passed.sum(1)
         frames.at += number
         busy = (number < self.window) & frames.left
@@ -289,7 +286,7 @@ class Maes(Algorithm):
         ended, lineage, known = joined(ended), self.tree.lineage, taken.known
         if not self.tree.fixed_shapes and int(ended.there.sum(1).max()) < self.beam_size:
             return taken
-        final = best(merged(ended), self.beam_size)
+        final = best(merged(ended, look=not self.tree.fixed_shapes), self.beam_size)
         if final.there.shape[1] < self.beam_size:
             return taken
         least_alone = final.score[:, -1:] - self._margin
@@ -319,7 +316,8 @@ class Maes(Algorithm):
     def _take_on(self, taken: Taken) -> tuple[Hypotheses, Tensor]:
         """The hypotheses with their new labels, and their log_probs at this frame; prefixes that are new are scored."""
         tree, C = self.tree, taken.label.shape[1]
-        tree.reserve(C, C)
+        if not tree.fixed_shapes:
+            tree.reserve(C, C)
         node, rows = tree.add(taken.there, taken.node, taken.label, taken.known)
         if len(rows.node):
             self.predictions.extend(rows, tree)

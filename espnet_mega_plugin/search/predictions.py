@@ -31,6 +31,11 @@ class Predictions:
         """The most that fusion can add to one label."""
         return sum(fused.largest for fused in self._fusion)
 
+    @property
+    def not_recordable(self) -> list[str]:
+        """Class names of scorers whose `extend` is not the same operations on the same tensors each time."""
+        return [type(one).__name__ for one in self._scorers if not getattr(one, "recordable", False)]
+
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         for scorer in self._scorers:
             scorer.reserve(utterances, nodes, leaves)

@@ -34,6 +34,11 @@ class RecurrentLayers:
         shape = sum(module.num_layers for module in modules), first.hidden_size
         self._states = [PlaceTensor(*shape) for _ in range(2 if _has_cell(first) else 1)]  # hidden; cell
 
+    @property
+    def recordable(self) -> bool:
+        """Of a hook or a quantised layer nobody knows what it does."""
+        return all(map(_is_plain, self._modules))
+
     def reserve(self, utterances: int, leaves: int) -> None:
         for state in self._states:
             state.reserve(utterances, leaves)

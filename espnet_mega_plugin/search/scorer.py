@@ -37,6 +37,9 @@ class Rows(NamedTuple):
 
 
 class LabelScorer(Protocol):
+    """A scorer may have `recordable`: true where `extend`, with fixed shapes and as long as `reserve` is not called,
+    does the same operations on the same tensors each time, so that they can be recorded (`recording.py`)."""
+
     def reserve(self, utterances: int, nodes: int, leaves: int) -> None:
         """Make room for so many places; called again with larger numbers, what is there stays."""
 

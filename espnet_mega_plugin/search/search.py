@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.recording import Recorder, cuda_graph, switched_on
 from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.alsd import Alsd
 from espnet_mega_plugin.search.espnet_decoders import scorer_of
@@ -54,6 +55,9 @@ class BatchedSearch:
         nbest: length of the lists, at most.
         fusion: language models, phrases ... that add to the labels' scores (`search/scorer.py`).
         window: frames looked at together; changes nothing but the time.
+        cuda_graphs: whether rounds of greedy, maes and tsd over whole utterances on a GPU are recorded as CUDA graphs
+            and replayed; changes nothing but the time. None: where the environment says
+            ESPNET_MEGA_PLUGIN_CUDA_GRAPHS=1.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or value; the message names it and what is accepted.
@@ -74,6 +78,7 @@ class BatchedSearch:
         nbest: int = 1,
         fusion: Fusion | Sequence[Fusion] | None = None,
         window: int = 8,
+        cuda_graphs: bool | None = None,
     ):
         for name, value, least in (
             ("beam_size", beam_size, 1),
@@ -90,6 +95,8 @@ class BatchedSearch:
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
         if not isinstance(score_norm, bool):
             raise TypeError(f"score_norm must be True or False; got {score_norm!r}.")
+        if not isinstance(cuda_graphs, (bool, type(None))):
+            raise TypeError(f"cuda_graphs must be True, False or None; got {cuda_graphs!r}.")
         if isinstance(expansion_gamma, bool) or not isinstance(expansion_gamma, (int, float)):
             raise TypeError(f"expansion_gamma must be a number; got {expansion_gamma!r}.")
         if not expansion_gamma >= 0:
@@ -112,6 +119,8 @@ class BatchedSearch:
         self.max_sym_exp, self.u_max, self.window = max_sym_exp, u_max, window
         self.nstep, self.expansion_gamma, self.expansion_beta = nstep, expansion_gamma, expansion_beta
         self.fusion = all_fusions(fusion)
+        self.recorder: Recorder | None = cuda_graph if (switched_on() if cuda_graphs is None else cuda_graphs) else None
+        self._said_unfit = False
         Joint(joint_network)  # refuses a joint network it cannot take apart
 
     @torch.no_grad()
@@ -136,6 +145,7 @@ class BatchedSearch:
         search, places = None, None
         while search is None or places is not None:
             search = self._search(B, encoder_out.device, places)
+            search.recorder = self._recorder(search)
             search.start(torch.ones(B, dtype=torch.bool, device=encoder_out.device))
             search.frames.set(search.joint.frames(encoder_out), lengths)
             search.advance()
@@ -164,6 +174,22 @@ class BatchedSearch:
         if self.search_type == "alsd":
             return Alsd(*arguments, self.u_max)
         return Maes(*arguments, self.nstep, self.expansion_gamma, self.expansion_beta, self.window, places)
+
+    def _recorder(self, search: Algorithm) -> Recorder | None:
+        """What records the rounds of a search, where they can be recorded."""
+        elsewhere = self.recorder is cuda_graph and search.tree.device.type != "cuda"
+        if self.recorder is None or elsewhere or isinstance(search, Alsd):  # alsd counts its steps in Python
+            return None
+        unfit = search.predictions.not_recordable
+        if unfit:
+            if not self._said_unfit:
+                self._said_unfit = True
+                _log.warning(
+                    "Rounds of the search are not recorded: %s goes through prefixes one by one, in Python.",
+                    " and ".join(unfit),
+                )
+            return None
+        return self.recorder
 
     def _nbest(self, search: Any, utterances: Sequence[int], final: bool) -> list[list[Hypothesis]]:
         # what alsd has found ended one after the other, and has what fusion adds at the end

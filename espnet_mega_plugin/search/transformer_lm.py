@@ -22,6 +22,7 @@ from espnet_mega_plugin.search.tree import LabelTree
 
 class TreeTransformerLM(LabelScorer):
     reach = None  # labels back that nodes are looked at: all
+    recordable = True
 
     def __init__(self, lm: nn.Module, vocab_size: int):
         self._lm, self._sos, self._layers = lm, vocab_size - 1, list(lm.encoder.encoders)

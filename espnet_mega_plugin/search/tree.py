@@ -5,9 +5,9 @@ B utterances, N nodes and M leaves an utterance has room for, C prefixes asked f
 Equal label sequences are one node: `find` looks a prefix up by its parent and last label before a new one is made. So
 two hypotheses have the same labels where they have the same node, and what a scorer keeps of a prefix is there once.
 
-Nodes and leaves are handed out in order. When many are needed no more (on a GPU, where counting them means waiting for
-it: when the room is used up), those that hypotheses still need move to the front (their ancestors for the nodes, they
-themselves for the leaves), and the scorers are told.
+Nodes and leaves are handed out in order. When many are needed no more (with fixed shapes, as on a GPU: when the room is
+used up), those that hypotheses still need move to the front (their ancestors for the nodes, they themselves for the
+leaves), and the scorers are told. All tensors stay where they are until there is more room.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 from espnet_mega_plugin.search.scorer import LabelScorer, Rows
 
 START = 0  # node of the start label
-APART = 4  # times that room is made before a GPU is waited for: what was taken is known only as the most it can be
-STEP = 16  # nodes by which the room of an utterance grows
+STEP, FIXED_STEP = 16, 64  # nodes by which the room of an utterance grows; and leaves, with fixed shapes
 # How many there may be before what is needed no more is given up: so many times those that were needed the last time,
 # and so many more for each utterance, for FEW where they are fewer. With smaller numbers prefixes are made a second
 # time that were just given up; larger ones take memory: a node of the default MEGA 18 KiB, a leaf 32
@@ -36,10 +35,11 @@ class LabelTree:
         """
         self.device, self.scorers, self.reach = device, scorers, reach
         self.utterances, self.nodes, self.leaves = utterances, 0, 0
-        self._used_before = self._most_taken = 0, 0  # nodes and leaves
         self._needed_nodes = self._needed_leaves = 0  # of all utterances, when others were given up
-        self.used_nodes = self.used_leaves = 0  # the most any utterance has taken, or more: known without asking
-        # Fixed shapes: rows are never picked out by a mask, because their number would have to be read from the device
+        # The most any utterance has taken; with fixed shapes all that may be handed out
+        self.used_nodes = self.used_leaves = 0
+        # Fixed shapes: rows are never picked out by a mask, because their number would have to be read from the device.
+        # Between two calls of `make_room` nothing here hangs on what was taken: the same operations on the same tensors
         self.fixed_shapes = device.type != "cpu"
         empty = torch.zeros(utterances, 0, dtype=torch.long, device=device)
         self.parent, self.label, self.depth, self.leaf, self.owner = (empty.clone() for _ in range(5))
@@ -53,11 +53,22 @@ class LabelTree:
         """The last place is never handed out where rows that are not valid have to be written somewhere (`put`)."""
         return int(self.fixed_shapes)
 
+    def taken(self) -> tuple[int, int]:
+        """The most nodes and leaves any utterance has taken. With fixed shapes this waits for a GPU."""
+        if not self.fixed_shapes:
+            return self.used_nodes, self.used_leaves
+        if not self.nodes:
+            return 0, 0
+        nodes, leaves = torch.stack((self.node_count.max(), self.leaf_count.max())).tolist()
+        return nodes, leaves
+
     def reserve(self, nodes: int, leaves: int) -> None:
-        """Make room for so many more nodes and leaves an utterance, whatever they are."""
-        need_nodes, need_leaves = self.used_nodes + nodes + self.spare, self.used_leaves + leaves + self.spare
+        """Make room for so many more nodes and leaves an utterance, whatever they are. May wait, as `taken`."""
+        taken_nodes, taken_leaves = self.taken()
+        need_nodes, need_leaves = taken_nodes + nodes + self.spare, taken_leaves + leaves + self.spare
         if need_nodes > self.nodes or need_leaves > self.leaves:
-            self._grow(_room(self.nodes, need_nodes, STEP), _room(self.leaves, need_leaves, 4))
+            more_nodes, more_leaves = (FIXED_STEP, FIXED_STEP) if self.fixed_shapes else (STEP, 4)
+            self._grow(_room(self.nodes, need_nodes, more_nodes), _room(self.leaves, need_leaves, more_leaves))
 
     def widen(self, utterances: int) -> None:
         """More utterances side by side; they have nothing until `start`."""
@@ -79,8 +90,10 @@ class LabelTree:
         Args:
             begin: which. (B,) bool
         """
-        self.reserve(1 if not self.used_nodes else 0, 1 if not self.used_leaves else 0)
-        self.used_nodes, self.used_leaves = max(1, self.used_nodes), max(1, self.used_leaves)
+        if not self.nodes:
+            self.reserve(1, 1)
+        if not self.fixed_shapes:
+            self.used_nodes, self.used_leaves = max(1, self.used_nodes), max(1, self.used_leaves)
         mask = begin[:, None]
         for tensor, value in ((self.parent, -2), (self.label, 0), (self.depth, 0), (self.leaf, -1), (self.owner, -1)):
             tensor.masked_fill_(mask, value)
@@ -121,16 +134,13 @@ class LabelTree:
             node: of each prefix; any number where it is not wanted. (B, C)
             rows: those that have to be scored, because they are new or their leaf was given up.
         """
-        B, C = wanted.shape
         new = wanted & (known < 0)
         node = torch.where(new, self.node_count[:, None] + new.cumsum(1) - 1, known).clamp(min=0)
         score = wanted & (new | (self.leaf.gather(1, known.clamp(min=0)) < 0))
         leaf = (self.leaf_count[:, None] + score.cumsum(1) - 1).clamp(min=0)
         self.node_count += new.sum(1)
         self.leaf_count += score.sum(1)
-        if self.fixed_shapes:
-            self.used_nodes, self.used_leaves = self.used_nodes + C, self.used_leaves + C
-        else:
+        if not self.fixed_shapes:
             self.used_nodes, self.used_leaves = int(self.node_count.max()), int(self.leaf_count.max())
 
         rows = self._rows(score, node, leaf, parent, label)
@@ -185,22 +195,14 @@ class LabelTree:
                 self._needed_leaves = int(self.leaf_count.sum())
             self.reserve(nodes, leaves)
             return live
-        # Taken between two calls so far: with as much room, nothing has to grow while hypotheses are not in hand
-        since = self._used_before
-        self._most_taken = (
-            max(self._most_taken[0], self.used_nodes - since[0]),
-            max(self._most_taken[1], self.used_leaves - since[1]),
-        )
-        nodes, leaves = max(nodes, self._most_taken[0]), max(leaves, self._most_taken[1])
-        if not self._used_before[0]:  # at first: nothing to give up yet
-            self.reserve(APART * nodes, APART * leaves)
-        if self.used_nodes + nodes + self.spare > self.nodes:
+        taken_nodes, taken_leaves = self.taken()
+        if taken_nodes + nodes + self.spare > self.nodes:
             live = self._compact_nodes(live, wanted)
-            self.reserve(APART * nodes, 0)
-        if self.used_leaves + leaves + self.spare > self.leaves:
+            nodes += FIXED_STEP  # or what little was given up would be taken soon, and all be moved again
+        if taken_leaves + leaves + self.spare > self.leaves:
             self._compact_leaves(live, wanted)
-            self.reserve(0, APART * leaves)
-        self._used_before = self.used_nodes, self.used_leaves
+            leaves += FIXED_STEP
+        self.reserve(nodes, leaves)
         return live
 
     def less_is_needed(self) -> None:
@@ -226,28 +228,22 @@ class LabelTree:
         kept, old_to_new = _order(keep, used)
         free = torch.arange(used, device=self.device) >= keep.sum(1, keepdim=True)
 
-        def moved(tensor: Tensor, nothing: int) -> Tensor:
-            out = torch.full_like(tensor, nothing)
-            out[:, :used] = tensor.gather(1, kept).masked_fill(free, nothing)
-            return out
-
         parent = self.parent.gather(1, kept)
         new_parent = torch.where(parent >= 0, old_to_new.gather(1, parent.clamp(min=0)), parent)
         # out of reach, and taken up by another node: nothing may be found under it
         new_parent = torch.where((parent >= 0) & ~keep.gather(1, parent.clamp(min=0)), -2, new_parent)
-        self.parent = torch.full_like(self.parent, -2)
-        self.parent[:, :used] = new_parent.masked_fill(free, -2)
-        self.label, self.depth = moved(self.label, 0), moved(self.depth, 0)
-        self.leaf = moved(self.leaf, -1)
-        lineage = torch.zeros_like(self.lineage)
+        self.parent.fill_(-2)[:, :used] = new_parent.masked_fill(free, -2)
+        for tensor, nothing in ((self.label, 0), (self.depth, 0), (self.leaf, -1)):
+            moved = tensor.gather(1, kept).masked_fill(free, nothing)
+            tensor.fill_(nothing)[:, :used] = moved
         rows = self.lineage[self._place, kept].gather(2, kept[:, None].expand(-1, used, -1))
-        lineage[:, :used, :used] = rows & ~(free[..., None] | free[:, None])
-        self.lineage = lineage
+        self.lineage.fill_(False)[:, :used, :used] = rows & ~(free[..., None] | free[:, None])
         owner = self.owner.clamp(min=0)
         owned = (self.owner >= 0) & keep.gather(1, owner)
-        self.owner = torch.where(owned, old_to_new.gather(1, owner), -1)
-        self.node_count = keep.sum(1)
-        self.used_nodes = used
+        self.owner.copy_(torch.where(owned, old_to_new.gather(1, owner), -1))
+        self.node_count.copy_(keep.sum(1))
+        if not self.fixed_shapes:
+            self.used_nodes = used
         for scorer in self.scorers:
             scorer.move_nodes(kept.masked_fill(free, START))
         return torch.where(wanted, old_to_new.gather(1, index), live)
@@ -260,17 +256,16 @@ class LabelTree:
         used = max(1, int(keep.sum(1).max()))  # waits for a GPU
         kept, _ = _order(keep, used)
         free = torch.arange(used, device=self.device) >= keep.sum(1, keepdim=True)
-        owner = torch.full_like(self.owner, -1)
-        owner[:, :used] = self.owner.gather(1, kept).masked_fill(free, -1)
-        self.owner = owner
-        self.leaf.fill_(-1)
+        owner = self.owner.gather(1, kept).masked_fill(free, -1)
+        self.owner.fill_(-1)[:, :used] = owner
         # -1 would be the last node: those without an owner write to a place more, which is cut off
-        target = torch.where(owner >= 0, owner, self.nodes)
-        leaf = torch.nn.functional.pad(self.leaf, (0, 1), value=-1)
+        target = torch.where(self.owner >= 0, self.owner, self.nodes)
+        leaf = self.leaf.new_full((self.utterances, self.nodes + 1), -1)
         leaf.scatter_(1, target, torch.arange(self.leaves, device=self.device).expand_as(target))
-        self.leaf = leaf[:, :-1].contiguous()
-        self.leaf_count = keep.sum(1)
-        self.used_leaves = used
+        self.leaf.copy_(leaf[:, :-1])
+        self.leaf_count.copy_(keep.sum(1))
+        if not self.fixed_shapes:
+            self.used_leaves = used
         for scorer in self.scorers:
             scorer.move_leaves(kept.masked_fill(free, 0))
 
@@ -284,6 +279,8 @@ class LabelTree:
         self.owner = pad(self.owner, (0, more_leaves), value=-1)
         self.lineage = pad(self.lineage, (0, more_nodes, 0, more_nodes))
         self.nodes, self.leaves = nodes, leaves
+        if self.fixed_shapes:
+            self.used_nodes, self.used_leaves = nodes - self.spare, leaves - self.spare
         for scorer in self.scorers:
             scorer.reserve(self.utterances, nodes, leaves)
 

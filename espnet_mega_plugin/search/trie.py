@@ -85,6 +85,7 @@ class TrieScorer:
 
     largest = 0.0
     reach = 0  # labels back that nodes are looked at
+    recordable = True
 
     def __init__(
         self,

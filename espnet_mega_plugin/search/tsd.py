@@ -37,18 +37,15 @@ class Tsd(Algorithm):
         super().__init__(joint, predictions, tree, frames, beam_size)
         self.max_sym_exp = max_sym_exp
 
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Go through all frames there are."""
-        check = 8 if self.tree.fixed_shapes else 1  # asking a GPU whether all is done means waiting for it
-        rounds = 0
-        while rounds % check or bool(self.frames.left.any()):
-            self._round()
-            rounds += 1
+    @property
+    def _most_a_round(self) -> int:
+        return self.beam_size * (self.max_sym_exp - 1)
 
     def _round(self) -> None:
         """One frame of every utterance that has one."""
-        self._make_room(self.beam_size * (self.max_sym_exp - 1))
+        if not self.tree.fixed_shapes:
+            # Each frame asks for much of what the one before it asked for
+            self._make_room(self._most_a_round, again=2 * self._most_a_round)
         live, left = self.hypotheses, self.frames.left
         here = live._replace(there=live.there & left[:, None])
         frame = self.frames.ahead(1)[0]
@@ -58,7 +55,8 @@ class Tsd(Algorithm):
             ended.append(here._replace(score=here.score + self._blank(here, log_probs)))
             if already < self.max_sym_exp - 1:
                 here = self._longer(here, log_probs)
-        self.hypotheses = best(merged(joined(ended)), self.beam_size).where(left, live)
+        together = merged(joined(ended), look=not self.tree.fixed_shapes)
+        self._go_on_with(best(together, self.beam_size).where(left, live))
         self.frames.at += left
 
     def _longer(self, hypotheses: Hypotheses, log_probs: torch.Tensor) -> Hypotheses:

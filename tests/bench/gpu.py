@@ -1,10 +1,10 @@
 """All that has to be seen on a GPU, in one call under eight minutes: `python tests/bench/gpu.py [--results FILE]`.
 
 First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
-that waits for the device. Then a step of the decoder, as it is and recorded as a CUDA graph; the batched search over
-made-up utterances (made_up.py); and the benchmark of bench_loss.py for the losses whose checks passed, in float32 and
-bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its peak. Rows are
-appended as they come, so a run that is cut off has left what it had.
+that waits for the device. Then a step of the decoder and the batched search over made-up utterances (made_up.py), both
+as they are and recorded as CUDA graphs; and the benchmark of bench_loss.py for the losses whose checks passed, in
+float32 and bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its
+peak. Rows are appended as they come, so a run that is cut off has left what it had.
 
 Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
 Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
@@ -41,11 +41,11 @@ import made_up  # noqa: E402
 from replayed import Replayed  # noqa: E402
 from rnnt_problems import random_problem  # noqa: E402
 
-from espnet_mega_plugin.mega.graph import cuda_graph  # noqa: E402
 from espnet_mega_plugin.mega.network import MegaNetwork  # noqa: E402
 from espnet_mega_plugin.mega.pool import MegaPool  # noqa: E402
 from espnet_mega_plugin.mega.prefixes import PrefixMemory  # noqa: E402
 from espnet_mega_plugin.mega.step import Constants  # noqa: E402
+from espnet_mega_plugin.recording import cuda_graph  # noqa: E402
 from espnet_mega_plugin.rnnt import (  # noqa: E402
     do_rnnt_pruning,
     fused_rnnt_loss,
@@ -55,7 +55,9 @@ from espnet_mega_plugin.rnnt import (  # noqa: E402
     rnnt_loss_smoothed,
 )
 from espnet_mega_plugin.rnnt import fused as fused_loss  # noqa: E402
+from espnet_mega_plugin.search import search as search_module  # noqa: E402
 from espnet_mega_plugin.search.search import BatchedSearch  # noqa: E402
+from espnet_mega_plugin.search.tree import LabelTree  # noqa: E402
 
 SHAPES = "an4,30 8,150,30,1000 8,250,60,1000 16,400,80,500 4,400,60,5000 32,500,100,2000"
 CHANNELS = 512
@@ -192,11 +194,12 @@ def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
     exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2).double()
     network = copy.deepcopy(exact).to(DEVICE, dtype).eval()
     memory = PrefixMemory(recorder=RECORDER if graphs else None)
-    memory.refresh(network)
-    beam, draw = [([0], memory.extend(network, [memory.root(network)], [0])[1][0])], random.Random(5)
+    root = memory.root(network)
+    beam, draw = [([0], memory.extend(network, lambda _: [root], [0])[1][0])], random.Random(5)
     for _ in range(steps):
         chosen = [(draw.choice(beam), draw.randrange(1, 50)) for _ in range(5)]
-        out, prefixes = memory.extend(network, [one for (_, one), _ in chosen], [label for _, label in chosen])
+        before, labels = [one for (_, one), _ in chosen], [label for _, label in chosen]
+        out, prefixes = memory.extend(network, lambda _, before=before: before, labels)
         beam = [([*labels, label], one) for ((labels, _), label), one in zip(chosen, prefixes, strict=True)]
     with torch.no_grad():
         want = [exact(torch.tensor([labels]))[0, -1] for labels, _ in beam]
@@ -213,15 +216,14 @@ def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
             for method, recorder in (("as it is", None), ("recorded", RECORDER)):
                 memory = PrefixMemory(recorder=recorder)
                 prefix = memory.root(network)
-                memory.refresh(network)
                 for label in range(history):
-                    _, (prefix,) = memory.extend(network, [prefix], [label % 499 + 1])
-                last = memory.extend(network, [prefix] * B, list(range(1, B + 1)))[1]
+                    _, (prefix,) = memory.extend(network, lambda _, one=prefix: [one], [label % 499 + 1])
+                last = memory.extend(network, lambda _, one=prefix, B=B: [one] * B, list(range(1, B + 1)))[1]
 
                 def run(_, memory=memory, last=last, network=network):
                     for one in last:
                         one.children.clear()  # asked anew, and evaluated anew
-                    memory.extend(network, last, list(range(1, len(last) + 1)))
+                    memory.extend(network, lambda _: last, list(range(1, len(last) + 1)))
 
                 times |= harness.measure(lambda: None, {method: run}, warmup=5, repeats=repeats)
             shape = f"{B} hypotheses, history {history}"
@@ -281,14 +283,27 @@ def searching(
     return decoder, task.joint.to(device, dtype), torch.stack(task.frames).to(device, dtype)
 
 
-def search(search_type: str, dtype: torch.dtype) -> float:
+class FixedTree(LabelTree):
+    """Shapes as on a GPU, on a CPU too."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.fixed_shapes = True
+
+
+def search(search_type: str, dtype: torch.dtype, graphs: bool = False) -> float:
     """Scores of n-best lists against the CPU's in float64; infinite where the labels are others."""
     sizes = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
     found = []
     for device, kind in ((DEVICE, dtype), ("cpu", F64)):
         decoder, joint, frames = searching(device, kind, 5, 31, **sizes)
         lengths = torch.tensor([31, 0, 17, 30, 1], device=device)
-        nbest = BatchedSearch(decoder, joint, 4, search_type, u_max=12, nbest=4)(frames, lengths)
+        searching_with = BatchedSearch(decoder, joint, 4, search_type, u_max=12, nbest=4)
+        tree = LabelTree
+        if graphs and not found:  # the first is the one in question
+            searching_with.recorder, tree = RECORDER, FixedTree
+        with unittest.mock.patch.object(search_module, "LabelTree", tree):
+            nbest = searching_with(frames, lengths)
         found.append([[(one.yseq, one.score) for one in hypotheses] for hypotheses in nbest])
     if [[y for y, _ in h] for h in found[0]] != [[y for y, _ in h] for h in found[1]]:
         return math.inf
@@ -304,6 +319,7 @@ def search_without_waiting(search_type: str) -> float:
     found.start(torch.ones(5, dtype=torch.bool, device=DEVICE))
     found.frames.set(found.joint.frames(frames), torch.full((5,), 31, device=DEVICE))
     with torch.no_grad():
+        found._make_room(found._most_a_round)
         found._round()  # what is loaded at first may wait
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -314,9 +330,13 @@ def search_without_waiting(search_type: str) -> float:
 
 
 def benchmark_search(
-    results: Path, deadline: float, counts: list[int], T: int = 249, sizes: dict | None = None
+    results: Path, deadline: float, counts: list[int], T: int = 249, sizes: dict | None = None, graphs: bool = True
 ) -> list[dict]:
-    """Seconds of audio a second of search, frames of 40 ms: default size, 64 utterances of 10 s and more."""
+    """Seconds of audio a second of search, frames of 40 ms: default size, 64 utterances of 10 s and more.
+
+    Args:
+        graphs: rounds recorded as CUDA graphs, too.
+    """
     rows = []
     for dtype in (F32, BF16):
         for count in counts:
@@ -325,18 +345,34 @@ def benchmark_search(
                 if time.monotonic() > deadline:
                     print(f"not run: {search_type} {count} {_name(dtype)}: out of time", flush=True)
                     continue
-                run = BatchedSearch(decoder, joint, beam, search_type, window=32)
-                times = harness.measure(lambda f=frames: f, {"search": run}, warmup=1, repeats=3)["search"]
-                rows.append(
-                    harness.row(
-                        f"decode_{search_type}",
-                        **{"method": f"batch of {count}", "shape": f"{T} frames beam {beam}", "dtype": _name(dtype)},
-                        **{"part": f"rtfx {40 * T * count / times['median_ms']:.4g}", "repeats": 3, **times},
-                        extra_memory_mb=harness.extra_memory(lambda f=frames: f, run),
+                ways = {"": False, " recorded": True} if graphs else {"": False}
+                runs = {
+                    way: searched(BatchedSearch(decoder, joint, beam, search_type, window=32, cuda_graphs=on))
+                    for way, on in ways.items()
+                }
+                measured = harness.measure(lambda f=frames: f, runs, warmup=1, repeats=3)
+                for way, times in measured.items():
+                    rows.append(
+                        harness.row(
+                            f"decode_{search_type}",
+                            **{"method": f"batch of {count}{way}", "shape": f"{T} frames beam {beam}"},
+                            **{"part": f"rtfx {40 * T * count / times['median_ms']:.4g}", "dtype": _name(dtype)},
+                            **{"repeats": 3, **times},
+                            extra_memory_mb=harness.extra_memory(lambda f=frames: f, runs[way]),
+                        )
                     )
-                )
-                harness.append(rows[-1:], results)
+                    harness.append(rows[-1:], results)
     return rows
+
+
+def searched(search: BatchedSearch) -> Callable[[Tensor], Tensor]:
+    """Searches frames and hands them on to what is timed next."""
+
+    def run(frames: Tensor) -> Tensor:
+        search(frames)
+        return frames
+
+    return run
 
 
 def beyond_32_bits(method: str) -> float:
@@ -387,6 +423,9 @@ def checks() -> list[Check]:
     for dtype, limit in ((F64, 1e-9), (F32, 1e-4)):
         for kind in ("greedy", "maes", "tsd", "alsd"):
             found.append(Check("search", f"{_name(dtype)} {kind}", limit, partial(search, kind, dtype)))
+        for kind in ("greedy", "maes", "tsd"):
+            how = f"{_name(dtype)} {kind} of recorded rounds"
+            found.append(Check("search_graphs", how, limit, partial(search, kind, dtype, graphs=True)))
     if big:
         for method in (*methods, *WAYS):
             found.append(Check("host", f"{method} waits for no device", 0.0, partial(without_waiting, method)))
@@ -508,7 +547,8 @@ def main() -> int:
             found = benchmark_steps(args.results)
             print("\n" + harness.table(found, ("what", "method", "shape", "dtype", "median_ms", "p20_ms", "p80_ms")))
         if "search" not in failed:
-            found = benchmark_search(args.results, time.monotonic() + 60 * args.minutes / 3, [1, 64])
+            graphs = "search_graphs" not in failed
+            found = benchmark_search(args.results, time.monotonic() + 60 * args.minutes / 3, [1, 64], graphs=graphs)
             print(
                 "\n"
                 + harness.table(found, ("what", "method", "shape", "dtype", "part", "median_ms", "extra_memory_mb"))

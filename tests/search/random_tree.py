@@ -88,20 +88,20 @@ class RandomTree:
             for h, (node, _) in enumerate(hypotheses):
                 live[b, h], wanted[b, h] = node, True
         tree, nodes, leaves = self.tree, C, C
-        before = tree.used_nodes
+        before, before_leaves = tree.taken()
         # One more than is free: moved at moments that a search would not choose. Where little can be given up, a tree
         # grows instead.
         if tree.fixed_shapes:
-            if 12 < tree.used_nodes and tree.nodes < 400 and self.random.random() < 0.3:
-                nodes = max(C, tree.nodes - tree.used_nodes + 1)
-            if 8 < tree.used_leaves and tree.leaves < 400 and self.random.random() < 0.3:
-                leaves = max(C, tree.leaves - tree.used_leaves + 1)
+            if 12 < before and tree.nodes < 400 and self.random.random() < 0.3:
+                nodes = max(C, tree.nodes - before + 1)
+            if 8 < before_leaves and tree.leaves < 400 and self.random.random() < 0.3:
+                leaves = max(C, tree.leaves - before_leaves + 1)
         else:  # what is given up is told by how much was needed before
             for needed in ("_needed_nodes", "_needed_leaves"):
                 if self.random.random() < 0.3:
                     setattr(tree, needed, -1000)
         live = tree.make_room(nodes, leaves, live, wanted)
-        self.moves += tree.used_nodes < before
+        self.moves += tree.taken()[0] < before
         self.live = [
             [(int(live[b, h]), labels) for h, (_, labels) in enumerate(hypotheses)]
             for b, hypotheses in enumerate(self.live)

@@ -7,8 +7,10 @@ from no_waiting import NoWaiting
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from espnet_mega_plugin.decoder import MEGADecoder
+from espnet_mega_plugin.search.algorithm import EVERY
+from espnet_mega_plugin.search.hypotheses import Traces
 from espnet_mega_plugin.search.search import BatchedSearch
-from espnet_mega_plugin.search.tree import APART
+from espnet_mega_plugin.search.tree import LabelTree
 
 SIZES = {"block_size": 16, "linear_size": 24, "qk_size": 8, "v_size": 20, "num_heads": 3, "num_blocks": 2}
 OPTIONS = [{}, {"chunk_size": 4}, {"attention_window": 5}, {"truncation_length": 3}, {"embed_pad": 5}]
@@ -30,16 +32,23 @@ def search(search_type: str, B: int = 4, T: int = 9, **options):
 def test_rounds_do_not_wait(search_type, options):
     with FakeTensorMode(), torch.device("cuda"):
         found = search(search_type, **options)
+        # what the host sees to between the rounds
+        room = EVERY * found._most_a_round
+        found.tree._grow(room + 2, room + 2)
+        found.traces._grow(room)
+        found._rounds_ahead = EVERY
         with NoWaiting():
-            for _ in range(APART - 1):
+            for _ in range(EVERY):
+                found._make_room(found._most_a_round)
                 found._round()
         assert found.hypotheses.score.device.type == "cuda"
 
 
 @torch.no_grad()
-def test_room_is_made_after_some_rounds_and_that_waits():
+@pytest.mark.parametrize("asked", [LabelTree.taken, Traces.used.fget, lambda search: search.frames.left.any().item()])
+def test_what_is_asked_between_rounds_waits(asked):
     with FakeTensorMode(), torch.device("cuda"):
         found = search("maes")
+        of = {"taken": found.tree, "used": found.traces}.get(asked.__name__, found)
         with pytest.raises(DataDependentOutputException):
-            for _ in range(3 * APART):
-                found._round()
+            asked(of)

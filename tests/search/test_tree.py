@@ -79,9 +79,12 @@ class Play:
     def make_room(self) -> None:
         # hypotheses stand in any order; places of the beam without one hold rubbish
         nodes, wanted = padded([list(some.values()) for some in self.hypotheses], BEAM)
-        moved = self.tree.make_room(WIDTH, WIDTH, nodes, wanted)
-        assert self.tree.used_nodes + WIDTH <= self.tree.nodes - self.tree.spare
-        assert self.tree.used_leaves + WIDTH <= self.tree.leaves - self.tree.spare
+        # with fixed shapes what is asked for decides when something is given up: not always both at once
+        more_nodes, more_leaves = (random.choice((WIDTH, 5 * WIDTH)) for _ in range(2))
+        moved = self.tree.make_room(more_nodes, more_leaves, nodes, wanted)
+        taken_nodes, taken_leaves = self.tree.taken()
+        assert taken_nodes + more_nodes <= self.tree.nodes - self.tree.spare
+        assert taken_leaves + more_leaves <= self.tree.leaves - self.tree.spare
         for b, some in enumerate(self.hypotheses):
             self.hypotheses[b] = dict(zip(some, moved[b].tolist(), strict=False))
             assert all(self.scorer.nodes[b][node] == sequence for sequence, node in self.hypotheses[b].items())
@@ -180,9 +183,33 @@ def test_a_prefix_that_was_thrown_away_is_never_found():
     parent, label = torch.full((UTTERANCES, 1), START), torch.ones(UTTERANCES, 1, dtype=torch.long)
     first = play.tree.nodes
     while play.tree.nodes < 4 * first:
-        play.tree.reserve(1, 1)
+        play.tree.reserve(play.tree.nodes, 1)
         assert (play.tree.find(parent, label) == -1).all()
         play.tree.add(torch.zeros_like(label, dtype=torch.bool), parent, label, torch.full_like(label, -1))
+
+
+def test_with_fixed_shapes_all_stays_where_it_is_until_there_is_more_room():
+    play = Play(True, None)
+    play.begin([True] * UTTERANCES)
+    play.make_room()
+    frames, room, places = Rounds(FRAMES, 10 * FRAMES), None, None
+    for _ in frames:
+        play.frame()
+        tree = play.tree
+        held = (
+            tree.parent,
+            tree.label,
+            tree.depth,
+            tree.leaf,
+            tree.owner,
+            tree.lineage,
+            tree.node_count,
+            tree.leaf_count,
+        )
+        if room == (tree.nodes, tree.leaves):
+            assert places == [tensor.data_ptr() for tensor in held]
+        room, places = (tree.nodes, tree.leaves), [tensor.data_ptr() for tensor in held]
+        frames.enough = bool(play.scorer.seen["nodes moved"] and play.scorer.seen["leaves moved"])
 
 
 def test_deep_hypotheses_cost_what_they_reach_back():

@@ -181,6 +181,9 @@ def test_a_step_does_not_wait_for_the_device(search_type):
         search = BatchedSearch(decoder, JointNetwork(7, 5, 12, 16), **options)._search(2, torch.device("cuda"))
         search.start(torch.ones(2, dtype=torch.bool))
         search.frames.set(search.joint.frames(torch.randn(2, 8, 5)), torch.full((2,), 8))
-        for i in range(3):  # before there is no room left
+        search.tree._grow(64, 64)  # what the host sees to between the steps
+        search.traces._grow(64)
+        search._rounds_ahead = 3
+        for i in range(3):
             search._round() if search_type == "tsd" else search._step(i, torch.full((2,), 15))
         assert search.hypotheses.score.is_cuda
