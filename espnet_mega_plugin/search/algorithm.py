@@ -49,6 +49,7 @@ class Algorithm:
     @torch.no_grad()
     def advance(self) -> None:
         """Go through all frames there are."""
+        # Whole EVERYs: no room is left over that was made for rounds to come, and may be given up between two calls
         every, rounds = EVERY if self.tree.fixed_shapes else 1, 0
         while rounds % every or bool(self.frames.left.any()):
             if self.tree.fixed_shapes:
@@ -113,7 +114,6 @@ class Algorithm:
         """Drop the record of what leads to no hypothesis any more."""
         hypotheses = self.hypotheses
         self._go_on_with(hypotheses._replace(entry=self.traces.compacted(hypotheses.entry, hypotheses.there)))
-        self._rounds_ahead = 0  # their room was given up
 
     def _make_room(self, most: int, again: int = 0) -> None:
         """For so many labels an utterance in a round; with fixed shapes for those of the next rounds, too. Renumbers

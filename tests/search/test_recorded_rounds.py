@@ -16,6 +16,7 @@ from rounds import Rounds
 from search_problems import MEGA, assert_same, fixed_shapes, network_problem, random_options, tabled_problem
 
 from espnet_mega_plugin.recording import RUNS, cuda_graph
+from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.language_model import scorer_of_lm
 from espnet_mega_plugin.search.phrases import PhraseScorer
 from espnet_mega_plugin.search.scorer import Fusion
@@ -94,6 +95,29 @@ def test_long_utterances_move_what_is_kept_and_need_more_room(search_type, monke
         # the record of labels (traces) grows by itself, to twice its room
         assert recorder.recorded <= len(grown) + 8
         rounds.enough = bool(moved) and recorder.replayed > 2 * recorder.recorded
+
+
+def test_there_is_room_for_the_most_that_rounds_can_take(monkeypatch):
+    """Labels alone are probable, each as much as any other: with tsd all hypotheses take new ones all the time."""
+    fullest = []
+    replayed = Algorithm._replayed_round
+
+    def looked_at(search):
+        replayed(search)
+        fullest.append(int(search.tree.node_count.max()) / (search.tree.nodes - search.tree.spare))
+        fullest.append(int(search.tree.leaf_count.max()) / (search.tree.leaves - search.tree.spare))
+        fullest.append(search.traces.used / search.traces.room)
+
+    monkeypatch.setattr(Algorithm, "_replayed_round", looked_at)
+    problem = network_problem("stateless", [3, 19], V=12)
+    with torch.no_grad():
+        problem.joint.lin_out.weight.mul_(0.1)
+        problem.joint.lin_out.bias[0] = -20.0
+    options = {"search_type": "tsd", "beam_size": 11, "max_sym_exp": 9, "nbest": 8}
+    want = problem.found(options)
+    fullest.clear()
+    assert_same(recorded(problem, options)[0], want)
+    assert max(fullest) == 1
 
 
 def language_model(kind: str, V: int) -> torch.nn.Module:
