@@ -1,8 +1,11 @@
 """The comparison of models: intervals against the normal approximation, tables from a tree made by hand."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -139,6 +142,38 @@ def test_script_refuses(tmp_path, options, says):
     done = subprocess.run(["bash", script, *options], capture_output=True, text=True)
     assert done.returncode in (1, 2) and says in done.stderr
     assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(
+    ("only", "tables", "against"),
+    [
+        ("mega_seed0|rnn_seed0", ["exp/compare", "exp/compare/alone"], "mega"),
+        ("rnn_seed0", ["exp/compare", "exp/compare/alone"], "rnn"),
+        ("mega_seed1", ["exp/compare"], "mega"),  # trained by itself is the first seed alone
+    ],
+)
+def test_script_compares_with_what_is_there(tree, only, tables, against):
+    """All has been trained and decoded: what is left to do are the tables."""
+    recipe = tree / "asr1"
+    shutil.copytree(REPOSITORY / "egs" / "spoken_numbers" / "asr1" / "local", recipe / "local")
+    shutil.copytree(tree / "data", recipe / "dump" / "raw")
+    shutil.copytree(tree / "data" / "other", recipe / "dump" / "raw" / "test_unseen")
+    for name in only.split("|"):
+        for folder in tables if name.endswith("0") else tables[:1]:
+            exp = shutil.copytree(tree / f"asr_{name}", recipe / folder / f"asr_{name}")
+            for decoding in exp.glob("decode_*"):
+                shutil.copytree(decoding / "other", decoding / "test_unseen")
+            for batched in ("true", "false"):
+                (exp / f"decoded_batched_{batched}").touch()
+    (recipe / "exp" / "compare" / "asr_mega_seed2").mkdir()  # begun
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", recipe / "local" / "compare.sh", "--only", f"({only})"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{folder}/README.md" for folder in tables]
+    for folder in tables:
+        table = (recipe / folder / "README.md").read_text().partition("## decode_maes")[2]
+        assert f"less {against} |" in table
 
 
 def test_experiments_of_the_script_are_those_of_the_configurations():

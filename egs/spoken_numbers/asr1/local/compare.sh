@@ -85,6 +85,10 @@ for name in $(sed 's/|.*//' <<< "${chosen}"); do
     esac
 done
 for folder in exp/compare exp/compare/alone; do
+    models=$(find "${folder}" -mindepth 2 -maxdepth 2 -path '*/asr_*_seed*/valid.loss.ave.pth' \
+        | sed 's#.*/asr_##; s#_seed.*##' | sort -u)
+    [ -n "${models}" ] || continue    # alone: with the first seed only
+    against=$(grep -x mega <<< "${models}" || head -n 1 <<< "${models}")    # --only may have left mega out
     python3 -m espnet_mega_plugin.recipe.compare --expdir "${folder}" --data_dir dump/raw \
-        --test_sets "test test_unseen" --against mega --out "${folder}/README.md"
+        --test_sets "test test_unseen" --against "${against}" --out "${folder}/README.md"
 done
