@@ -7,13 +7,11 @@ decided meanwhile. What is recorded takes its inputs from, and leaves its result
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-
-from espnet_mega_plugin.mega.precision import autocast_dtype
 
 SWITCH = "ESPNET_MEGA_PLUGIN_CUDA_GRAPHS"
 RUNS = 3  # of what is to be recorded, before it is
@@ -43,10 +41,15 @@ def cuda_graph(run: Callable[[], None]) -> Recorded:
     return graph
 
 
-def casting_anew(device: torch.device) -> AbstractContextManager:
-    """The same autocast without its cache, whose tensors are gone when what was recorded is replayed."""
-    dtype = autocast_dtype(device)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+@contextmanager
+def casting_anew() -> Iterator[None]:
+    """Autocast does without its cache, whose tensors are gone when what was recorded is replayed."""
+    caching = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caching)
 
 
 def switched_on() -> bool:

@@ -1,7 +1,7 @@
 """What a CUDA graph does, on a CPU: the operations of one run, repeated on the same tensors.
 
-Whatever the host decided in that run stays decided, and an operation that reads a number from the device is refused, as
-it is while a graph is captured.
+Whatever the host decided in that run stays decided. Refused are an operation that reads a number from the device, as it
+is while a graph is captured, and autocast's cache, whose tensors a graph would read when they are gone.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,15 @@ class Replayed(TorchDispatchMode):
     def __init__(self, run: Callable[[], None]):
         super().__init__()
         self.operations = []
+        self.casting = torch.is_autocast_enabled("cpu")
         with self:
             run()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if operation.overloadpacket.__name__ in READING:
             raise RuntimeError(f"{operation} reads a number from the device: a graph can't be captured.")
+        if self.casting and torch.is_autocast_cache_enabled():
+            raise RuntimeError(f"{operation} may read what autocast keeps, which is gone when a graph is replayed.")
         result = operation(*args, **(kwargs or {}))
         self.operations.append((operation, args, kwargs or {}, result))
         return result

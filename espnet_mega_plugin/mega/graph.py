@@ -56,7 +56,7 @@ class _Step:
         self.U, self.result = U, None
 
         def run() -> None:
-            with casting_anew(self.labels.device):
+            with casting_anew():
                 self.result = step(network, constants, self.labels, self.padding, self.past)
 
         self._hide_all()

@@ -72,7 +72,7 @@ class Algorithm:
             return
 
         def run() -> None:
-            with casting_anew(self.tree.device):
+            with casting_anew():
                 self._round()
 
         self._recorded = None  # gives its memory back before another one is recorded

@@ -53,7 +53,8 @@ class Alsd(Algorithm):
         steps = torch.where(T > 0, T + (T - 1).clamp(min=1).clamp(max=self.u_max), 0)
         # the one time a GPU is waited for before the search is through
         fewest, most = torch.stack((T.amin(), steps.amax())).tolist()
-        results, taken = [self.hypotheses._replace(there=torch.zeros_like(self.hypotheses.there))], [0]
+        nothing = self.hypotheses._replace(there=torch.zeros_like(self.hypotheses.there))
+        results, taken = [nothing], [0] * nothing.there.shape[1]
         for i in range(most):
             ended = self._step(i, steps)
             # before step T - 1 nothing ends

@@ -146,6 +146,21 @@ def test_with_what_is_fused(kind, search_type):
     assert recorder.recorded
 
 
+@every_search
+def test_under_autocast(search_type):
+    problem = network_problem("simple", [9, 0, 14], V=9)
+    problem.decoder.float(), problem.joint.float()
+    problem.encoder_out = problem.encoder_out.float()
+    options = small_beam(search_type, problem.V)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fixed_shapes():
+            want = problem.found(options)
+        found, recorder = recorded(problem, options)
+        assert torch.is_autocast_cache_enabled()
+    assert_same(found, want)
+    assert recorder.recorded
+
+
 def test_a_search_that_is_made_again_with_more_room_is_recorded_again(monkeypatch):
     rounds = Rounds()
     for _ in rounds:

@@ -2,10 +2,12 @@
 ones are the plain ones."""
 
 import random
+from contextlib import nullcontext
 
 import plain
 import pytest
 from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
+from rounds import Rounds
 from search_oracles import every_sequence, log_probability, random_table
 from search_problems import (
     WINDOWS,
@@ -75,13 +77,40 @@ def test_batched_search_is_the_plain_one(search_type):
 
 
 @pytest.mark.parametrize("search_type", ["tsd", "alsd"])
-def test_fixed_shapes_change_nothing(search_type):
+def test_fixed_shapes_change_nothing(search_type, caplog):
     for _ in range(8):
         problem = tabled_problem(random_lengths(3, longest=6))
         options = random_options(search_type, problem.V)
         as_they_come = problem.found(options)
+        said = caplog.messages
+        caplog.clear()
         with fixed_shapes():
             assert_same(problem.found(options), as_they_come)
+        assert caplog.messages == said  # what u_max has cut off, and what it left unfinished
+        caplog.clear()
+
+
+@pytest.mark.parametrize("shapes", [nullcontext, fixed_shapes])
+def test_alsd_says_how_many_utterances_u_max_has_cut_off_or_left_unfinished(shapes, caplog):
+    rounds, said = Rounds(least=25), set()
+    for _ in rounds:
+        problem = tabled_problem(random_lengths(3, longest=6), V=6)
+        beam_size, u_max, full, unfinished = random.randint(2, 5), random.randint(0, 3), 0, 0
+        for T, log_probs in zip(problem.lengths, problem.log_probs, strict=True):
+            ends = [plain.alsd(log_probs, T, beam_size, u_max, finish=finish) for finish in (True, False)]
+            ended = ends[0] == ends[1]  # blanks to the end would cost something
+            unfinished += T > 0 and not ended
+            longest = len(max(ends[0], key=lambda one: one.score).labels)
+            full += T > 0 and ended and longest >= u_max and u_max < T - 1
+        caplog.clear()
+        with shapes():
+            problem.found({"search_type": "alsd", "beam_size": beam_size, "u_max": u_max})
+        expected = [("the result of", full), ("nothing had come to the end of", unfinished)]
+        expected = [f"alsd: {what} {count} of 3" for what, count in expected if count]
+        assert [message[: len(start)] for message, start in zip(caplog.messages, expected, strict=True)] == expected
+        said |= {"full"} if full else set()
+        said |= {"unfinished"} if unfinished else set()
+        rounds.enough = len(said) == 2
 
 
 def test_each_prefix_is_scored_once_where_espnet_scores_hypotheses_at_each_frame():
