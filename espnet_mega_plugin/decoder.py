@@ -18,7 +18,7 @@ from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory, Tables
 from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
-from espnet_mega_plugin.recording import cuda_graph, switched_on
+from espnet_mega_plugin.recording import CudaGraphs, switched_on
 
 
 class MEGADecoder(MegaNetwork, AbsDecoder):
@@ -109,11 +109,11 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     def cuda_graphs(self) -> bool:
         """Whether steps of up to 32 hypotheses on a GPU are recorded once as CUDA graphs and replayed. May be set at
         any time; at first true where the environment says ESPNET_MEGA_PLUGIN_CUDA_GRAPHS=1."""
-        return self.prefixes.recorder is cuda_graph
+        return self.prefixes.recorder_for is CudaGraphs
 
     @cuda_graphs.setter
     def cuda_graphs(self, on: bool) -> None:
-        self.prefixes.recorder = cuda_graph if on else None
+        self.prefixes.recorder_for = CudaGraphs if on else None
 
     @property
     def device(self) -> torch.device:

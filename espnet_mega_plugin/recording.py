@@ -7,6 +7,7 @@ decided meanwhile. What is recorded takes its inputs from, and leaves its result
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -24,21 +25,39 @@ class Recorded(Protocol):
 
 # Records a function without arguments and results; runs it on the way, RUNS times at most
 Recorder = Callable[[Callable[[], None]], Recorded]
+RecorderFor = Callable[[torch.device], Recorder]
 
 
-def cuda_graph(run: Callable[[], None]) -> Recorded:
-    """A CUDA graph of a function without arguments and results, which runs a few times."""
-    beside = torch.cuda.Stream()  # what is loaded, compiled and allotted at first must not be recorded
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(RUNS):
-            run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    # other threads (a data loader's) go on with what they do meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph
+class CudaGraphs:
+    """Records CUDA graphs on a device.
+
+    Each owner of graphs has one of its own, and lets go of its graphs together or one after the other: a graph that
+    goes takes cuBLAS' workspace of its stream along, and others of that stream would still write there.
+    """
+
+    _one_at_a_time = threading.Lock()  # torch captures one graph in a process
+
+    def __init__(self, device: torch.device):
+        self.device, self._stream = device, torch.cuda.Stream(device)
+
+    def __reduce__(self):
+        return CudaGraphs, (self.device,)  # a copy has a stream of its own
+
+    def __call__(self, run: Callable[[], None]) -> Recorded:
+        # Of another device than the current one nothing would be captured, without a word
+        with self._one_at_a_time, torch.cuda.device(self.device):
+            stream, current = self._stream, torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(RUNS):  # what is loaded, compiled and allotted at first must not be recorded
+                    run()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # The outer context: after a capture that fails torch leaves its stream the current one.
+            # thread_local: other threads (a data loader's) go on with what they do meanwhile
+            with torch.cuda.stream(current), torch.cuda.graph(graph, None, stream, "thread_local"):
+                run()
+            return graph
 
 
 @contextmanager

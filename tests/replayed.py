@@ -37,3 +37,8 @@ class Replayed(TorchDispatchMode):
                 for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
+
+
+def replaying(device: torch.device) -> type[Replayed]:
+    """In place of `CudaGraphs`."""
+    return Replayed

@@ -5,12 +5,13 @@ import torch
 from configurations import configurations, perturbed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replayed import Replayed
+from replayed import Replayed, replaying
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega import graph
 from espnet_mega_plugin.mega.graph import StepGraphs
 from espnet_mega_plugin.mega.step import Constants, Together, step
+from espnet_mega_plugin.recording import CudaGraphs
 
 
 def made_up(model: MEGADecoder, B: int, U: int) -> tuple[torch.Tensor, torch.Tensor, Together]:
@@ -50,7 +51,7 @@ def check(model: MEGADecoder, asked: list[tuple[tuple[int, int], bool]]) -> None
     model = perturbed(model).double().eval()
     with torch.no_grad():
         constants = Constants(model)
-        graphs = StepGraphs(model, constants, Replayed)
+        graphs = StepGraphs(model, constants, replaying)
         for (B, U), padded in asked:
             labels, padding, past = made_up(model, B, U)
             padding = padding if padded else None
@@ -73,7 +74,7 @@ def test_a_decoder_records_few_steps_and_anew_where_its_weights_change(seed):
         count.append(1)
         return Replayed(run)
 
-    model.prefixes.recorder = recorder
+    model.prefixes.recorder_for = lambda device: recorder
 
     def ask():
         model.score_cache = {}
@@ -96,7 +97,7 @@ def test_under_autocast(seed):
     model = small()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         want = model.score([3], model.init_state(1))[0]
-        model.prefixes.recorder = Replayed
+        model.prefixes.recorder_for = replaying
         model.score_cache = {}
         state = model.init_state(1)
         out, state = model.score([3], state)
@@ -112,7 +113,7 @@ def test_the_switch(monkeypatch, seed):
         model.score([0], model.init_state(1))[0], model(torch.zeros(1, 1, dtype=torch.long))[0], check_stride=False
     )
     model.cuda_graphs = False
-    assert model.prefixes.recorder is None
+    assert model.prefixes.recorder_for is None
     monkeypatch.setenv("ESPNET_MEGA_PLUGIN_CUDA_GRAPHS", "yes")
     with pytest.raises(ValueError, match="ESPNET_MEGA_PLUGIN_CUDA_GRAPHS .* 0 or 1; got 'yes'"):
         small()
@@ -136,3 +137,13 @@ def test_a_cuda_graph_is_the_step(seed):
             states = [after for _, after in outs]
         found.append(torch.cat([out for out, _ in outs]))
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_graph_of_another_device_than_the_current_one():
+    x = torch.zeros(3, device="cuda:1")
+    recorded = CudaGraphs(x.device)(lambda: x.add_(1))
+    assert torch.cuda.current_device() == 0
+    before = x.clone()
+    recorded.replay()
+    torch.testing.assert_close(x, before + 1)

@@ -21,7 +21,7 @@ from espnet2.asr_transducer.joint_network import JointNetwork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
-from replayed import Replayed
+from replayed import replaying
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega import prefixes
@@ -75,13 +75,13 @@ class Interleavings(RuleBasedStateMachine):
         seed=st.integers(0, 999),
         room=st.integers(1, 6),
         for_nothing=FORMS,
-        recorder=st.sampled_from([None, Replayed]),
+        recorder_for=st.sampled_from([None, replaying]),
     )
-    def build(self, options, seed, room, for_nothing, recorder):
+    def build(self, options, seed, room, for_nothing, recorder_for):
         self.form = mock.patch.object(prefixes, "FOR_NOTHING", for_nothing)
         self.form.start()
         self.model = decoder(seed=seed, **options)
-        self.model.prefixes.recorder = recorder
+        self.model.prefixes.recorder_for = recorder_for
         self.model.prefixes.remembered = room  # almost everything is forgotten at once
         self.weights, self.rounding = 0, EXACT
         return self._first()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from espnet_mega_plugin.mega.step import Constants, Fresh, Together, step
-from espnet_mega_plugin.recording import Recorder, casting_anew
+from espnet_mega_plugin.recording import Recorder, RecorderFor, casting_anew
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
@@ -24,8 +24,9 @@ FEWEST = 64  # labels; sizes between are powers of two, so that a decoder record
 class StepGraphs:
     """The recorded steps of a network with the weights as they are."""
 
-    def __init__(self, network: MegaNetwork, constants: Constants, recorder: Recorder):
-        self.network, self.constants, self.recorder = network, constants, recorder
+    def __init__(self, network: MegaNetwork, constants: Constants, recorder_for: RecorderFor):
+        self.network, self.constants, self.recorder_for = network, constants, recorder_for
+        self._recorder = recorder_for(network.embed.weight.device)
         self._steps: dict[tuple[int, int], _Step] = {}
 
     def __call__(self, labels: Tensor, padding: Tensor | None, past: Together) -> tuple[Tensor, Fresh]:
@@ -35,7 +36,7 @@ class StepGraphs:
             return step(self.network, self.constants, labels, padding, past)
         size = _at_least(B, 1), _at_least(U, FEWEST)
         if size not in self._steps:
-            self._steps[size] = _Step(self.network, self.constants, self.recorder, *size, past)
+            self._steps[size] = _Step(self.network, self.constants, self._recorder, *size, past)
         return self._steps[size](labels, padding, past)
 
 

@@ -3,7 +3,7 @@
 `Dense` has as many places for each utterance: shapes that are known without asking the device. `Pieces` and `Slots`
 take only what is in use, because utterances of a batch differ much in how many prefixes they need: `Pieces` hold a
 tensor an utterance, whose places stand one after the other as attention wants them; `Slots` share one table, whose
-rows have no order. What is kept in float16 goes to `Dense.put_in_block` or `Pieces` (`fitting`).
+rows have no order.
 
 B utterances, N places an utterance, R rows.
 """
@@ -55,9 +55,9 @@ class Dense:
         whole.index_copy_(1, self.index(utterance, place, valid), value.to(whole.dtype))
 
     def put_in_block(self, b: int, index: Tensor, value: Tensor) -> None:
-        """The same in one block, where rows may not fit the dtype. (R,) of `index`, (R, ...)"""
+        """The same in one block. (R,) of `index`, (R, ...)"""
         B, N, *row = self.tensor.shape[1:]
-        self.tensor[b].view(B * N, *row).index_copy_(0, index, fitting(value, self.tensor.dtype))
+        self.tensor[b].view(B * N, *row).index_copy_(0, index, value.to(self.tensor.dtype))
 
     def move(self, kept: Tensor) -> None:
         B, n = kept.shape
@@ -163,15 +163,6 @@ class Slots:
     def _nothing(self, count: int) -> Tensor:
         blocks, _, *row = self.tensor.shape
         return self.tensor.new_zeros(blocks, count, *row)
-
-
-def fitting(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values as a table of that dtype takes them."""
-    if value.dtype != dtype:
-        value = value.to(dtype)
-    # too large for float16: that prefix is lost, but what takes its place later meets it with a weight of 0, and
-    # 0 * inf is NaN
-    return torch.nan_to_num(value) if dtype == torch.float16 else value
 
 
 def _still(kept: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from espnet_mega_plugin.mega.block import softmax
-from espnet_mega_plugin.mega.places import Dense, Pieces, Slots, fitting
+from espnet_mega_plugin.mega.places import Dense, Pieces, Slots
 from espnet_mega_plugin.mega.precision import at_least_float32
 from espnet_mega_plugin.mega.step import Constants, step
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
+
+LARGEST = torch.finfo(torch.float16).max
 
 
 class MegaPool:
@@ -44,6 +46,7 @@ class MegaPool:
         self.keys_values: Dense | Pieces | None = None  # by node. (S + E,)
         self.ema: Dense | Slots | None = None  # by leaf, without a truncation length. (H, D)
         self.inputs: Dense | Slots | None = None  # by node, with one. (D,)
+        self.biases: Tensor | None = None  # what the last step took of the constants
 
     @property
     def reach(self) -> int | None:
@@ -78,14 +81,16 @@ class MegaPool:
     @torch.no_grad()
     def extend(self, rows, tree) -> Tensor:
         """The decoder's output after each new prefix. (R, D)"""
-        network = self.network
+        network, labels = self.network, rows.label
         if self.keys_values is None:
             self._open(fixed_shapes=rows.valid is not None)
+        if rows.valid is not None:  # what does not count may be no label
+            labels = labels.masked_fill(~rows.valid, 0)
         padding = None
         if network.pad_idx != 0:  # a search never takes label 0, which is blank, but in front
-            padding = (rows.label == network.pad_idx) & (rows.parent >= 0)
+            padding = (labels == network.pad_idx) & (rows.parent >= 0)
         past = (_PiecesPast if rows.valid is None else _DensePast)(self, rows, tree)
-        out, fresh = step(network, self.constants, rows.label, padding, past)
+        out, fresh = step(network, self.constants, labels, padding, past)
         if self.inputs is not None:
             self.inputs.put(rows.utterance, rows.node, fresh.inputs, rows.valid)
         else:
@@ -122,8 +127,17 @@ class _Past:
         distance, hidden = self._seen(tree, n)
         # within n labels without gaps no distance is larger; with a reach none that is seen is
         farthest = n if pool.reach is None else max(n, pool.reach)
-        table = pool.constants.bias(network, farthest)
+        # held, because a recorded round reads it where it is, and another search may have it replaced by a longer one
+        pool.biases = table = pool.constants.bias(network, farthest)
         self.bias = table[:, distance.clamp(max=farthest - 1)].masked_fill_(hidden, float("-inf"))  # (blocks, R, n)
+
+    def _finite(self, key_value: Tensor) -> Tensor:
+        """Keys and values as others may meet them."""
+        if not self.pool.constants.half:
+            return key_value
+        # too large for float16: that prefix is lost, but all it is hidden from, and what takes its place later, meets
+        # it with a weight of 0, and 0 * inf is NaN
+        return key_value.nan_to_num(0.0).clamp(-LARGEST, LARGEST)
 
     def _seen(self, tree, n: int) -> tuple[Tensor, Tensor]:
         """How far each node is from each row, and which are hidden. (R, n), (R, n) bool"""
@@ -175,7 +189,7 @@ class _DensePast(_Past):
 
     def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
         S, keys_values = query.shape[1], self.pool.keys_values
-        keys_values.put_in_block(b, self.index, key_value)
+        keys_values.put_in_block(b, self.index, self._finite(key_value))
         held = keys_values.tensor[b, :, : self.nodes].to(dtype)
         bias, query = (x.to(dtype).view(held.shape[0], -1, x.shape[-1]) for x in (self.bias[b], query))
         scores = torch.baddbmm(bias, query, held[..., :S].transpose(1, 2))
@@ -200,7 +214,7 @@ class _PiecesPast(_Past):
 
     def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
         S, bias, query = query.shape[1], self.bias[b].to(dtype), query.to(dtype)
-        key_value = fitting(key_value, self.pool.keys_values.dtype)
+        key_value = self._finite(key_value)
         attended = query.new_empty(len(query), key_value.shape[1] - S)
         for utterance, rows_of, node, n in self.groups:
             held = self.pool.keys_values.of[utterance][b]

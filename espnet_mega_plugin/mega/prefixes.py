@@ -28,7 +28,7 @@ from espnet_mega_plugin.mega.rows import Row, Table
 from espnet_mega_plugin.mega.state import BlockMemory, MegaMemory
 from espnet_mega_plugin.mega.step import Constants, Past, Together, step
 from espnet_mega_plugin.mega.weights import Weights
-from espnet_mega_plugin.recording import Recorder, cuda_graph
+from espnet_mega_plugin.recording import CudaGraphs, RecorderFor
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
@@ -81,11 +81,12 @@ class PrefixMemory:
     Args:
         remembered: how many prefixes are kept that nobody holds a state of, the last used ones. A search asks again for
             what it expanded one or two frames ago.
-        recorder: what records steps of fixed shapes that are replayed (`recording.py`); None: each step runs as it is.
+        recorder_for: makes what records steps of fixed shapes that are replayed (`recording.py`); None: each step runs
+            as it is.
     """
 
-    def __init__(self, remembered: int = 1024, recorder: Recorder | None = None):
-        self.remembered, self.recorder = remembered, recorder
+    def __init__(self, remembered: int = 1024, recorder_for: RecorderFor | None = None):
+        self.remembered, self.recorder_for = remembered, recorder_for
         self._lock = threading.RLock()
         self._tables: Tables | None = None
         self._weights: Weights | None = None  # that the constants were made of
@@ -194,10 +195,10 @@ class PrefixMemory:
 
     def fresh(self) -> PrefixMemory:
         """One for another decoder, with nothing remembered."""
-        return PrefixMemory(self.remembered, self.recorder)
+        return PrefixMemory(self.remembered, self.recorder_for)
 
     def __reduce__(self):
-        return PrefixMemory, (self.remembered, self.recorder)  # a copy, a pickle: remembers nothing
+        return PrefixMemory, (self.remembered, self.recorder_for)  # a copy, a pickle: remembers nothing
 
     # -- all below runs under the lock
 
@@ -259,11 +260,11 @@ class PrefixMemory:
         ]
 
     def _step(self, network: MegaNetwork, constants: Constants, labels: Tensor, padding: Tensor | None, past):
-        elsewhere = self.recorder is cuda_graph and labels.device.type != "cuda"
-        if self.recorder is None or elsewhere or not isinstance(past, Together):
+        elsewhere = self.recorder_for is CudaGraphs and labels.device.type != "cuda"
+        if self.recorder_for is None or elsewhere or not isinstance(past, Together):
             return step(network, constants, labels, padding, past)
-        if self._graphs is None or self._graphs.recorder is not self.recorder:
-            self._graphs = StepGraphs(network, constants, self.recorder)
+        if self._graphs is None or self._graphs.recorder_for is not self.recorder_for:
+            self._graphs = StepGraphs(network, constants, self.recorder_for)
         return self._graphs(labels, padding, past)
 
     def _past(self, network: MegaNetwork, constants: Constants, prefixes: list[Prefix], padding: list[bool]):

@@ -51,6 +51,7 @@ class Algorithm:
         """Go through all frames there are."""
         # Whole EVERYs: no room is left over that was made for rounds to come, and may be given up between two calls
         every, rounds = EVERY if self.tree.fixed_shapes else 1, 0
+        self._rounds_ahead = 0  # as it is; but an error may have ended the last call
         while rounds % every or bool(self.frames.left.any()):
             if self.tree.fixed_shapes:
                 self._make_room(self._most_a_round)

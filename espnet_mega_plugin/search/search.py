@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from espnet_mega_plugin.recording import Recorder, cuda_graph, switched_on
+from espnet_mega_plugin.recording import CudaGraphs, Recorder, RecorderFor, switched_on
 from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.alsd import Alsd
 from espnet_mega_plugin.search.espnet_decoders import scorer_of
@@ -119,7 +120,9 @@ class BatchedSearch:
         self.max_sym_exp, self.u_max, self.window = max_sym_exp, u_max, window
         self.nstep, self.expansion_gamma, self.expansion_beta = nstep, expansion_gamma, expansion_beta
         self.fusion = all_fusions(fusion)
-        self.recorder: Recorder | None = cuda_graph if (switched_on() if cuda_graphs is None else cuda_graphs) else None
+        graphs = switched_on() if cuda_graphs is None else cuda_graphs
+        self.recorder_for: RecorderFor | None = CudaGraphs if graphs else None
+        self._recorders: dict[tuple[torch.device, int], Recorder] = {}  # of a device and a thread
         self._said_unfit = False
         Joint(joint_network)  # refuses a joint network it cannot take apart
 
@@ -177,8 +180,9 @@ class BatchedSearch:
 
     def _recorder(self, search: Algorithm) -> Recorder | None:
         """What records the rounds of a search, where they can be recorded."""
-        elsewhere = self.recorder is cuda_graph and search.tree.device.type != "cuda"
-        if self.recorder is None or elsewhere or isinstance(search, Alsd):  # alsd counts its steps in Python
+        device = search.tree.device
+        elsewhere = self.recorder_for is CudaGraphs and device.type != "cuda"
+        if self.recorder_for is None or elsewhere or isinstance(search, Alsd):  # alsd counts its steps in Python
             return None
         unfit = search.predictions.not_recordable
         if unfit:
@@ -189,7 +193,10 @@ class BatchedSearch:
                     " and ".join(unfit),
                 )
             return None
-        return self.recorder
+        whose = device, threading.get_ident()
+        if whose not in self._recorders:
+            self._recorders[whose] = self.recorder_for(device)
+        return self._recorders[whose]
 
     def _nbest(self, search: Any, utterances: Sequence[int], final: bool) -> list[list[Hypothesis]]:
         # what alsd has found ended one after the other, and has what fusion adds at the end

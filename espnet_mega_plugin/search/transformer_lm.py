@@ -63,6 +63,7 @@ class TreeTransformerLM(LabelScorer):
         if not hasattr(place, "extend_pe"):
             return x
         place.extend_pe(x.new_zeros(1, positions))  # no prefix is longer than there are nodes
+        self._positions = place.pe  # a recorded round reads it where it is; another search may have it made longer
         return x * place.xscale + place.pe[0, position]
 
     def move_nodes(self, kept: Tensor) -> None:

@@ -167,7 +167,7 @@ class LabelTree:
             put(tensor, b, i, value, rows.valid)
         put(self.owner, b, rows.leaf, i, rows.valid)
         lineage = self.lineage[b, rows.parent.clamp(min=0)]
-        lineage[torch.arange(len(i), device=self.device), i] = True
+        lineage.scatter_(1, i[:, None], True)  # by an index, a number would wait for a GPU
         put(self.lineage, b, i, lineage, rows.valid)
 
     # --- room -------------------------------------------------------------------------------------------------------

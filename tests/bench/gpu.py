@@ -38,14 +38,14 @@ if DEVICE == "cpu":
 import bench_loss  # noqa: E402
 import harness  # noqa: E402
 import made_up  # noqa: E402
-from replayed import Replayed  # noqa: E402
+from replayed import replaying  # noqa: E402
 from rnnt_problems import random_problem  # noqa: E402
 
 from espnet_mega_plugin.mega.network import MegaNetwork  # noqa: E402
 from espnet_mega_plugin.mega.pool import MegaPool  # noqa: E402
 from espnet_mega_plugin.mega.prefixes import PrefixMemory  # noqa: E402
 from espnet_mega_plugin.mega.step import Constants  # noqa: E402
-from espnet_mega_plugin.recording import cuda_graph  # noqa: E402
+from espnet_mega_plugin.recording import CudaGraphs  # noqa: E402
 from espnet_mega_plugin.rnnt import (  # noqa: E402
     do_rnnt_pruning,
     fused_rnnt_loss,
@@ -65,7 +65,7 @@ CHANNELS = 512
 WAYS = {"fused": "wavefront", "fused_triton": "triton"}
 if DEVICE == "cuda" and find_spec("triton"):
     WAYS = {"fused": "triton", "fused_wavefront": "wavefront"}
-RECORDER = cuda_graph if DEVICE == "cuda" else Replayed
+RECORDER_FOR = CudaGraphs if DEVICE == "cuda" else replaying
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # what rounding to the type does to a gradient, with some room
 LIMIT = {F64: 1e-9, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -193,7 +193,7 @@ def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
     """Hypotheses that share their past, scored label by label through the prefix memory, recorded steps or not."""
     exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2).double()
     network = copy.deepcopy(exact).to(DEVICE, dtype).eval()
-    memory = PrefixMemory(recorder=RECORDER if graphs else None)
+    memory = PrefixMemory(recorder_for=RECORDER_FOR if graphs else None)
     root = memory.root(network)
     beam, draw = [([0], memory.extend(network, lambda _: [root], [0])[1][0])], random.Random(5)
     for _ in range(steps):
@@ -213,8 +213,8 @@ def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
         network = MegaNetwork(500, **sizes).to(DEVICE, dtype).eval()
         for B, history in ((1, 50), (5, 50), (20, 200)):
             times = {}
-            for method, recorder in (("as it is", None), ("recorded", RECORDER)):
-                memory = PrefixMemory(recorder=recorder)
+            for method, recorder_for in (("as it is", None), ("recorded", RECORDER_FOR)):
+                memory = PrefixMemory(recorder_for=recorder_for)
                 prefix = memory.root(network)
                 for label in range(history):
                     _, (prefix,) = memory.extend(network, lambda _, one=prefix: [one], [label % 499 + 1])
@@ -301,7 +301,7 @@ def search(search_type: str, dtype: torch.dtype, graphs: bool = False) -> float:
         searching_with = BatchedSearch(decoder, joint, 4, search_type, u_max=12, nbest=4)
         tree = LabelTree
         if graphs and not found:  # the first is the one in question
-            searching_with.recorder, tree = RECORDER, FixedTree
+            searching_with.recorder_for, tree = RECORDER_FOR, FixedTree
         with unittest.mock.patch.object(search_module, "LabelTree", tree):
             nbest = searching_with(frames, lengths)
         found.append([[(one.yseq, one.score) for one in hypotheses] for hypotheses in nbest])

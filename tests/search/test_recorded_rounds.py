@@ -6,16 +6,19 @@ and again on the same tensors, whatever the host has decided since.
 
 import logging
 import random
+import weakref
 
 import pytest
 import torch
 from espnet2.lm.seq_rnn_lm import SequentialRNNLM
 from espnet2.lm.transformer_lm import TransformerLM
+from random_tree import RandomTree
 from replayed import Replayed
 from rounds import Rounds
 from search_problems import MEGA, assert_same, fixed_shapes, network_problem, random_options, tabled_problem
 
-from espnet_mega_plugin.recording import RUNS, cuda_graph
+from espnet_mega_plugin.decoder import MEGADecoder
+from espnet_mega_plugin.recording import RUNS, CudaGraphs
 from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.language_model import scorer_of_lm
 from espnet_mega_plugin.search.phrases import PhraseScorer
@@ -48,9 +51,10 @@ def recorded(problem, options: dict, recorder=None, fusion=None) -> tuple[list, 
     """N-best lists of all utterances, and what was recorded."""
     search = problem.search(options)
     search.fusion = () if fusion is None else (fusion,)
-    search.recorder = recorder or Recorder()
+    recorder = recorder or Recorder()
+    search.recorder_for = lambda device: recorder
     with fixed_shapes():
-        return search(problem.encoder_out, torch.tensor(problem.lengths)), search.recorder
+        return search(problem.encoder_out, torch.tensor(problem.lengths)), recorder
 
 
 def small_beam(search_type: str, V: int) -> dict:
@@ -120,11 +124,11 @@ def test_there_is_room_for_the_most_that_rounds_can_take(monkeypatch):
     assert max(fullest) == 1
 
 
-def language_model(kind: str, V: int) -> torch.nn.Module:
+def language_model(kind: str, V: int, pos_enc: str | None = None) -> torch.nn.Module:
     torch.manual_seed(3)
     if kind == "lstm":
         return SequentialRNNLM(V, unit=5, nlayers=2).double().eval()
-    lm = TransformerLM(V, pos_enc=None, embed_unit=6, att_unit=8, head=2, unit=10, layer=2)
+    lm = TransformerLM(V, pos_enc=pos_enc, embed_unit=6, att_unit=8, head=2, unit=10, layer=2)
     return lm.double().eval()
 
 
@@ -170,10 +174,11 @@ def test_a_search_that_is_made_again_with_more_room_is_recorded_again(monkeypatc
         options = {"search_type": "maes", "beam_size": 2, "nstep": 2, "expansion_gamma": 9.0, "expansion_beta": 3}
         search = problem.search(options)
         want = search(problem.encoder_out, torch.tensor(problem.lengths))
-        search.recorder = Recorder()
+        recorder = Recorder()
+        search.recorder_for = lambda device, recorder=recorder: recorder
         with fixed_shapes(room_for_all=False):
             assert_same(search(problem.encoder_out, torch.tensor(problem.lengths)), want)
-        rounds.enough = search.recorder.recorded > 1
+        rounds.enough = recorder.recorded > 1
 
 
 @every_search
@@ -183,11 +188,12 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_as_it_is(search_type, cap
     options = small_beam(search_type, problem.V)
     want = problem.found(options)
     search = problem.search(options)
-    search.recorder = Recorder()
+    recorder = Recorder()
+    search.recorder_for = lambda device: recorder
     with fixed_shapes():
         for _ in range(2):
             assert_same(search(problem.encoder_out, torch.tensor(problem.lengths)), want)
-    assert not search.recorder.recorded
+    assert not recorder.recorded
     (warning,) = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
     assert "one by one" in warning
 
@@ -196,11 +202,11 @@ def test_the_switch(monkeypatch):
     problem = network_problem("stateless", [3])
 
     def of(**options):
-        return BatchedSearch(problem.decoder, problem.joint, 2, **options).recorder
+        return BatchedSearch(problem.decoder, problem.joint, 2, **options).recorder_for
 
-    assert of() is None and of(cuda_graphs=True) is cuda_graph
+    assert of() is None and of(cuda_graphs=True) is CudaGraphs
     monkeypatch.setenv("ESPNET_MEGA_PLUGIN_CUDA_GRAPHS", "1")
-    assert of() is cuda_graph and of(cuda_graphs=False) is None
+    assert of() is CudaGraphs and of(cuda_graphs=False) is None
     monkeypatch.setenv("ESPNET_MEGA_PLUGIN_CUDA_GRAPHS", "yes")
     with pytest.raises(ValueError, match="must be 0 or 1"):
         of()
@@ -214,3 +220,23 @@ def test_on_a_cpu_no_cuda_graph_is_made(seed):
     options = small_beam("maes", problem.V)
     search = problem.search(options | {"cuda_graphs": True})
     assert_same(search(problem.encoder_out, torch.tensor(problem.lengths)), problem.found(options))
+
+
+def test_tables_that_a_recorded_round_reads_stay_while_other_searches_have_longer_ones_made(seed):
+    """A graph reads them where they are. The position biases of MEGA, the positions of a Transformer LM."""
+    decoder = MEGADecoder(7, 12, 10, 6, 14, num_blocks=1).eval()
+    lm = language_model("transformer", 7, "sinusoidal")
+    place = lm.encoder.embed[-1]
+    for scorer, table, longer in (
+        (
+            decoder.label_scorer(),
+            lambda scorer: scorer.constants.bias(decoder, 1),
+            lambda s: s.constants.bias(decoder, 999),
+        ),
+        (scorer_of_lm(lm, 7), lambda _: place.pe, lambda _: place.extend_pe(torch.zeros(1, 2 * place.pe.shape[1]))),
+    ):
+        for _ in RandomTree(scorer, 7, seed, fixed_shapes=True).grow(5):
+            pass
+        read = weakref.ref(table(scorer))
+        longer(scorer)
+        assert read() is not None and table(scorer) is not read()

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from rounds import Rounds
 from search_problems import (
     WINDOWS,
     assert_same,
@@ -152,3 +153,41 @@ def test_alsd_has_no_streams():
     problem = tabled_problem([3])
     with pytest.raises(ValueError, match="alsd needs the whole utterance"):
         problem.search({"search_type": "alsd", "beam_size": 1}).streams()
+
+
+@pytest.mark.parametrize("search_type", TYPES)
+def test_pushing_goes_on_after_an_error(search_type, monkeypatch):
+    """Out of memory, say. What the stream found is lost; the next one is as if nothing had been."""
+    monkeypatch.setattr(search_module, "TIDY", 20)
+    rounds = Rounds(least=10)
+    for _ in rounds:
+        problem = network_problem("stateless", [30, 7])
+        with torch.no_grad():
+            problem.joint.lin_out.bias[0] -= 3
+        options = random_options(search_type, problem.V, beam_size=3)
+        with fixed_shapes():
+            whole = problem.found(options)
+            streams = problem.search(options).streams()
+            stream, left = streams.open(), random.randint(3, 40)
+            working = streams._search.joint
+
+            class Failing:
+                frames, prefixes = working.frames, working.prefixes
+
+                def __call__(self, pairs, working=working):
+                    nonlocal left
+                    left -= 1
+                    if left == 0:
+                        raise MemoryError
+                    return working(pairs)
+
+            streams._search.joint = Failing()
+            for piece in problem.utterance(0).split(random.randint(1, 5)):
+                try:
+                    streams.push({stream: piece})
+                except MemoryError:
+                    rounds.enough = True
+            streams.close(stream)
+            stream = streams.open()
+            streams.push({stream: problem.utterance(1)})
+            assert_same([streams.close(stream)], whole[1:])
