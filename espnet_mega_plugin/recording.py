@@ -53,9 +53,10 @@ class CudaGraphs:
                     run()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # The outer context: after a capture that fails torch leaves its stream the current one.
-            # thread_local: other threads (a data loader's) go on with what they do meanwhile
-            with torch.cuda.stream(current), torch.cuda.graph(graph, None, stream, "thread_local"):
+            # other threads (a data loader's) go on with what they do meanwhile
+            capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            # the outer context, because torch does not go back to the current stream where a capture fails
+            with torch.cuda.stream(current), capture:
                 run()
             return graph
 

@@ -15,7 +15,7 @@ ROOMS = {
     "rnnt": {"torch", "triton", "espnet_mega_plugin.rnnt"},
     "recording.py": {"torch"},
     "mega": {"torch", "numpy", "espnet_mega_plugin.mega", "espnet_mega_plugin.recording"},
-    "search": {"torch", "espnet_mega_plugin.search", "espnet_mega_plugin.recording"},
+    "search": {"torch", "numpy", "espnet_mega_plugin.search", "espnet_mega_plugin.recording"},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega", "espnet_mega_plugin.recording"},
     "model.py": {"torch", "espnet2", "espnet_mega_plugin.rnnt", "espnet_mega_plugin.espnet_search"},
     "espnet_search.py": {"torch", "espnet2", "espnet_mega_plugin.search"},

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 
 @dataclass
@@ -106,19 +111,25 @@ class Traces:
         self._end += used - had
         return torch.where(wanted & (entry >= 0), new.gather(1, entry.clamp(min=0)) if new.shape[1] else entry, -1)
 
-    def read(self, utterance: int, scores: list[float], entries: list[int]) -> list[Hypothesis]:
-        """The hypotheses of one utterance that end with these entries."""
-        used, columns = self.used, (self.before, self.label, self.frame, self.logp)
-        before, label, frame, logp = (column[utterance, :used].cpu() for column in columns)
-        before = before.tolist()
-        hypotheses = []
-        for score, entry in zip(scores, entries, strict=True):
-            path = []
-            while entry >= 0:
-                path.append(entry)
-                entry = before[entry]
-            path.reverse()
-            index = torch.tensor(path, dtype=torch.long)
-            labels = [0, *label[index].tolist()]
-            hypotheses.append(Hypothesis(score, labels, frame[index].tolist(), logp[index].tolist()))
-        return hypotheses
+    def read(self, found: Mapping[int, Sequence[tuple[float, int]]]) -> list[list[Hypothesis]]:
+        """The hypotheses of some utterances.
+
+        Args:
+            found: of each utterance scores, and the entries that the hypotheses with these scores end with.
+        """
+        columns = self.before, self.label, self.frame, self.logp
+        used, index = self.used, torch.tensor(list(found), dtype=torch.long).to(self.device)
+        columns = [column[index, :used].cpu().numpy() for column in columns]
+        return [
+            [_led_to(entry, score, *columns) for score, entry in ends]
+            for ends, *columns in zip(found.values(), *columns, strict=True)
+        ]
+
+
+def _led_to(entry: int, score: float, before: ndarray, label: ndarray, frame: ndarray, logp: ndarray) -> Hypothesis:
+    path = []
+    while entry >= 0:
+        path.append(entry)
+        entry = int(before[entry])
+    path.reverse()
+    return Hypothesis(score, [0, *label[path].tolist()], frame[path].tolist(), logp[path].tolist())

@@ -209,14 +209,13 @@ class BatchedSearch:
             if isinstance(bonus, Tensor):
                 score = score + bonus.view_as(score)
         score, entry, there = score.tolist(), entry.tolist(), there.tolist()
-        lists = []
+        found = {}
         for b in utterances:
             live = [h for h, is_there in enumerate(there[b]) if is_there and not math.isnan(score[b][h])]
             if not live:
                 _log.warning("A search found nothing: the scores of utterance %d of the batch are not numbers.", b)
-            hypotheses = search.traces.read(b, [score[b][h] for h in live], [entry[b][h] for h in live])
-            lists.append(sorted(hypotheses, key=self._order, reverse=True)[: self.nbest])
-        return lists
+            found[b] = [(score[b][h], entry[b][h]) for h in live]
+        return [sorted(one, key=self._order, reverse=True)[: self.nbest] for one in search.traces.read(found)]
 
     def _order(self, hypothesis: Hypothesis) -> float:
         return hypothesis.score / len(hypothesis.yseq) if self.score_norm else hypothesis.score

@@ -159,12 +159,13 @@ def test_alsd_has_no_streams():
 def test_pushing_goes_on_after_an_error(search_type, monkeypatch):
     """Out of memory, say. What the stream found is lost; the next one is as if nothing had been."""
     monkeypatch.setattr(search_module, "TIDY", 20)
-    rounds = Rounds(least=10)
+    rounds = Rounds(least=6)
     for _ in rounds:
-        problem = network_problem("stateless", [30, 7])
+        problem = network_problem("lstm", [30, 7])
         with torch.no_grad():
             problem.joint.lin_out.bias[0] -= 3
         options = random_options(search_type, problem.V, beam_size=3)
+        options |= {"nstep": 2, "expansion_gamma": 2.3, "expansion_beta": 1, "max_sym_exp": 4}
         with fixed_shapes():
             whole = problem.found(options)
             streams = problem.search(options).streams()
