@@ -37,7 +37,8 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	"$(PYTHON)" -m venv --clear $(VENV)
 	@old=$$($(VENV)/bin/python -c 'import sys; print(int(sys.version_info < (3, 12)))'); \
 	    [ $$old = 0 ] || $(VENV)/bin/python -m pip install --quiet 'pip<26.3'
-	@echo "Installing torch, ESPnet and what they need into $(VENV): several GB, some minutes"
+	@echo "Installing torch, ESPnet and what they need into $(VENV): some minutes, 10 GB on the way, 7 GB in the end;" \
+	    "$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1048576)}') GB are free"
 	$(VENV)/bin/python -m pip install --quiet --retries 10 -e '.[test]'
 	$(VENV)/bin/python -m espnet_mega_plugin.recipe.mini_an4 --fetch
 	@date > $@
