@@ -17,7 +17,7 @@ from espnet_mega_plugin.mega.network import MegaNetwork
 from espnet_mega_plugin.mega.pool import MegaPool
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.prefixes import Prefix, PrefixMemory, Tables
-from espnet_mega_plugin.mega.state import BlockMemory, Documented, MegaMemory, stack_right
+from espnet_mega_plugin.mega.state import RANKS, BlockMemory, Documented, MegaMemory, check_shapes, stack_right
 from espnet_mega_plugin.recording import CudaGraphs, switched_on
 
 
@@ -123,6 +123,15 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
     def set_device(self, device: torch.device) -> None:
         """Asked for by ESPnet's interface; the device is always that of the parameters, so there is nothing to set."""
 
+    def train(self, mode: bool = True) -> MEGADecoder:
+        """As any module's. Between training and scoring weights may have changed in ways that cannot be seen."""
+        self.prefixes.begin_anew()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> MEGADecoder:
+        self.prefixes.begin_anew()  # else a move to another device or dtype leaves a copy of the old weights behind
+        return super()._apply(*args, **kwargs)
+
     def inference(self, labels: Tensor, states: Documented) -> tuple[Tensor, Documented]:
         """Go on from a state by one label or several.
 
@@ -135,9 +144,10 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             new_states: batched state after the new labels. One dict a block
 
         Raises:
-            ValueError: labels and states are of different batch sizes, or a state lacks a key.
+            TypeError, ValueError: labels are no (B, L) integers of the vocabulary, labels and states are of different
+                batch sizes, or a state lacks a key or holds one of a wrong shape.
         """
-        memory = self._memory(states)
+        labels, memory = self._checked(labels), self._memory(states)
         if len(memory.positions) != labels.shape[0]:
             raise ValueError(
                 f"labels hold {labels.shape[0]} hypotheses, states {len(memory.positions)}. "
@@ -161,8 +171,8 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             ValueError: states are of several hypotheses, or the labels are none of the vocabulary.
 
         Each prefix is evaluated once, until a search replaces `score_cache` or `prefixes.remembered` others were used
-        since; it is evaluated anew for other weights, another device, dtype or autocast. (A change of weights is seen
-        as autograd sees it; one behind its back, through `.data`, is not.) Safe to call from several threads.
+        since; it is evaluated anew for other weights, another device, dtype or autocast. (A write behind autograd's
+        back, through `.data`, is seen at the next `train()` or `eval()`.) Safe to call from several threads.
         """
         out, extended = self._extended([states], [self._last(label_sequence)])
         return out, PrefixState(tuple(extended), self._built)
@@ -202,6 +212,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         Raises:
             ValueError: there is no hypothesis `idx`.
         """
+        idx = _integer("idx", idx)
         prefixes = getattr(states, "prefixes", None)
         memory = self._memory(states) if prefixes is None else None
         count = len(memory.positions) if prefixes is None else len(prefixes)
@@ -248,7 +259,13 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if all(one is not None and len(one) == 1 for one in prefixes):
             return PrefixState(tuple(one for (one,) in prefixes), self._built_batch)
         singles = [self._completed(states) for states in new_states]
-        ranks = {"ema_state": 2, "prev_pad": 1, "prev_input": 2}
+        for i, states in enumerate(singles):
+            if states[0]["position"].numel() != 1:
+                raise ValueError(
+                    f"new_states must be of one hypothesis each; the one at {i} is of {states[0]['position'].numel()}. "
+                    f"Take them out of a batched state with select_state."
+                )
+        ranks = {name: RANKS[name] for name in ("ema_state", "prev_pad", "prev_input")}
         batched = []
         for b in range(self.num_blocks):
             block = [states[b] for states in singles]
@@ -279,6 +296,11 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         missing = [name for name in ("ema_state", "prev_key", "prev_value") if name not in state]
         if missing:
             raise ValueError(f"state lacks {', '.join(missing)}; it holds {sorted(state)}. Start from init_state().")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} of a state must be a tensor; got {type(tensor).__name__}.")
+        if not state["prev_key"].dim():
+            raise ValueError("prev_key must be (W, qk_size), or a batch of them; got shape ().")
         if "prev_pad" in state and "position" in state:
             return state
         rows = state["prev_key"].shape[:-1]
@@ -302,6 +324,22 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             zero = [state[k].eq(0).all(-1).all(-1) for state in states for k in ("ema_state", "prev_key", "prev_value")]
             position = 1 - torch.stack([z.reshape(-1).cpu() for z in zero]).all(0).long()
             complete = [{**state, "position": position.reshape(state["position"].shape)} for state in complete]
+        widths = {
+            "ema_state": (self.output_size, self.mega_ema_num_heads),
+            "prev_key": (self.mega_att_k_size,),
+            "prev_value": (self.mega_att_v_size,),
+            "prev_pad": (),
+            "position": (),
+            **({} if self.truncation_length is None else {"prev_input": (self.output_size,)}),
+        }
+        check_shapes(complete, widths)
+        position, W = complete[0]["position"], complete[0]["prev_key"].shape[-2]
+        for p in position.reshape(-1).tolist():
+            if p < 0 or self.attended_labels(p) > W:
+                raise ValueError(
+                    f"position counts the labels of a state, of which the next label can attend to "
+                    f"{self.attended_labels(max(p, 0))}; got position {p} with {W} rows of prev_key."
+                )
         return complete
 
     def _memory(self, states: Documented) -> MegaMemory:

@@ -202,8 +202,14 @@ def _look_at_loss(report: Report) -> None:
 def _look_at_device(report: Report) -> None:
     import torch
 
+    from espnet_mega_plugin import recording
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report.device = {"gpu": gpus, "cuda": torch.version.cuda, "triton": version_of("triton")}
+    try:
+        recording.switched_on()
+    except ValueError as error:
+        report.error(f"{error} No decoder can be made.", f"unset {recording.SWITCH}")
     if gpus and report.device["triton"] is None:
         report.warning("Triton is not installed: nothing compiled for the GPU can be used.", "pip install triton")
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,6 +233,88 @@ def test_a_state_made_by_hand_gives_the_right_answer(seed):
         decoder({**SMALL, "truncation_length": 3}).score(labels, by_hand)
     with pytest.raises(ValueError, match="state lacks prev_value"):
         model.score(labels, [{k: v for k, v in state.items() if k != "prev_value"} for state in by_hand])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("ema_state", lambda t: t[:, :1], ValueError, r"ema_state of block 0 must be \(24, 3\).*got \(24, 1\)"),
+        ("ema_state", lambda t: t[:1], ValueError, r"ema_state of block 0 must be \(24, 3\).*got \(1, 3\)"),
+        ("ema_state", lambda t: t.expand(2, 24, 3), ValueError, "of the same hypotheses; got ema_state of block 3: 2"),
+        ("prev_key", lambda t: t[:, :9], ValueError, r"prev_key of block 0 must be \(W, 10\).*got \(6, 9\)"),
+        ("prev_key", lambda t: t.sum(), ValueError, r"prev_key must be .*got shape \(\)"),
+        ("prev_key", lambda t: t.numpy(), TypeError, "prev_key of a state must be a tensor; got ndarray"),
+        ("prev_value", lambda t: t[1:], ValueError, "prev_value of block 0: 5"),
+        ("prev_pad", lambda t: t[1:], ValueError, "prev_pad of block 0: 5"),
+        ("position", lambda t: t + 1, ValueError, "can attend to 7; got position 7 with 6 rows"),
+        ("position", lambda t: t - 7, ValueError, "got position -1"),
+    ],
+)
+def test_a_state_whose_parts_do_not_fit_is_refused(name, change, error, message, seed):
+    """By every method that looks into it; nothing is broadcast."""
+    model = decoder()
+    labels = prefix(7)
+    wrong = [{**state, name: change(state[name])} for state in state_after(model, labels[:-1])]
+    for look in (
+        lambda: model.score(labels, wrong),
+        lambda: model.batch_score([Hypothesis(0.0, labels, wrong)]),
+        lambda: model.inference(torch.tensor([labels[-1:]]), wrong),
+        lambda: model.create_batch_states([wrong]),
+        lambda: model.select_state(wrong, 0),
+    ):
+        with pytest.raises(error, match=message):
+            look()
+
+
+def test_the_past_inputs_of_a_state_fit(seed):
+    model = decoder({**SMALL, "truncation_length": 3})
+    states = [{**state, "prev_input": state["prev_input"][:, 1:]} for state in state_after(model, prefix(4))]
+    with pytest.raises(ValueError, match=r"prev_input of block 0 must be \(W, 24\).*got \(2, 23\)"):
+        model.score(prefix(5), states)
+
+
+def test_arguments_of_the_methods_for_states_are_refused_by_name(seed):
+    model = decoder()
+    _, batch = model.inference(torch.tensor([[0], [0]]), model.init_state(2))
+    with pytest.raises(ValueError, match="new_states must be of one hypothesis each; the one at 1 is of 2"):
+        model.create_batch_states([model.select_state(batch, 0), batch])
+    with pytest.raises(TypeError, match="idx must hold integers; got 1.0"):
+        model.select_state(batch, 1.0)
+    with pytest.raises(TypeError, match="labels must be a tensor of integers"):
+        model.inference([[1]], model.init_state(1))
+    for number in (-1, 1.5, None):
+        with pytest.raises(ValueError, match="prefixes.remembered must be an integer"):
+            model.prefixes.remembered = number
+
+
+def test_a_state_adds_up_from_either_side(seed):
+    model = decoder()
+    state = lambda: model.score([0], model.init_state())[1]  # noqa: E731
+    assert len([1] + state()) == len(state() + [1]) == model.num_blocks + 1
+
+
+def test_a_state_may_be_looked_into_by_several_threads_and_scored_meanwhile(seed):
+    model = decoder(dtype=torch.float32)
+    want = forward_of(model, [0, 1, 2])
+    for _ in range(30):
+        state, begun, wrong = state_after(model, [0, 1]), threading.Barrier(4), []
+
+        def run(look, state=state, begun=begun, wrong=wrong):
+            begun.wait()
+            try:
+                if look:
+                    assert len(state) == model.num_blocks
+                else:
+                    torch.testing.assert_close(model.score([0, 1, 2], state)[0][0].detach(), want)
+            except Exception as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=run, args=(look,)) for look in (True, True, False, False)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
 
 
 def test_espnets_documented_initial_state_made_by_hand(seed):
@@ -530,6 +613,26 @@ def test_built_under_meta_device_and_loaded():
     assert torch.equal(forward_of(model.eval(), prefix(1)), forward_of(source, prefix(1)))
 
 
+def test_weights_that_are_not_trained_may_be_left_out_of_a_checkpoint(seed):
+    """`save_strategy: adapter_only` and `required_grad_only`; a decoder that is trained would begin anew."""
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "decoder": decoder()})
+    model["encoder"].lora_A = torch.nn.Parameter(torch.zeros(1, 2))
+    before = model["decoder"].embed.weight.clone()
+    of_the_encoder = {"encoder.lora_A": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match="missing: decoder.embed.weight.*freeze_param"):
+        model.load_state_dict(of_the_encoder, strict=False)
+    model["decoder"].requires_grad_(False)  # as loralib.mark_only_lora_as_trainable does
+    model.load_state_dict(of_the_encoder, strict=False)
+    assert model["encoder"].lora_A.eq(1).all() and torch.equal(model["decoder"].embed.weight, before)
+    with pytest.raises(ValueError, match="1 of another shape: decoder.embed.weight"):
+        model.load_state_dict({**of_the_encoder, "decoder.embed.weight": before[1:]}, strict=False)
+    model["decoder"].lora_A = torch.nn.Parameter(torch.zeros(1, 2))
+    model.load_state_dict({"decoder.lora_A": torch.ones(1, 2)}, strict=False)
+    assert model["decoder"].lora_A.eq(1).all()
+    with pytest.raises(ValueError, match="missing: .*decoder.lora_A"):
+        model.load_state_dict({"decoder.embed.weight": before}, strict=False)
+
+
 # -- tools that look into the model: what works with ESPnet's class works here
 
 
@@ -537,12 +640,13 @@ def test_built_under_meta_device_and_loaded():
 def test_torch_export_with_any_batch_and_length(configuration, seed):
     model = decoder(configuration, dtype=torch.float32)
     dim = torch.export.Dim
-    shapes = ({0: dim("batch", min=1, max=64), 1: dim("length", min=6, max=39)},)
+    shortest = max(2, 1 + (configuration["truncation_length"] or 0))
+    shapes = ({0: dim("batch", min=1, max=64), 1: dim("length", min=shortest, max=39)},)
     if configuration["chunk_size"] > 1:
         pytest.skip("padding up to whole chunks makes the graph depend on the length, in ESPnet's class as well")
     labels = torch.randint(1, 11, (3, 9))
     exported = torch.export.export(model, (labels,), dynamic_shapes=shapes).module()
-    for B, L in ((2, 7), (5, 30)):
+    for B, L in ((1, shortest), (2, 7), (5, 30)):
         labels = torch.randint(1, 11, (B, L))
         torch.testing.assert_close(exported(labels), model(labels))
 

@@ -27,6 +27,13 @@ def test_the_page_of_a_whole_installation(capsys):
     assert page.endswith("\nNothing needed is missing.\n")
 
 
+def test_a_switch_that_no_decoder_takes_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("ESPNET_MEGA_PLUGIN_CUDA_GRAPHS", "yes")
+    assert __main__.main(["doctor"]) == 1
+    assert "must be 0 or 1; got 'yes'" in (page := capsys.readouterr().out)
+    assert "mend: unset ESPNET_MEGA_PLUGIN_CUDA_GRAPHS\n" in page
+
+
 @pytest.mark.slow
 def test_something_missing_is_an_error_with_the_command_that_mends_it(tmp_path):
     """Status 1 for a package that does not load, a broken warprnnt_pytorch, and a plugin that nothing attaches."""

@@ -159,7 +159,7 @@ class Interleavings(RuleBasedStateMachine):
     def reset(self):
         self.model.score_cache = {}
 
-    @rule(seed=st.integers(0, 999), how=st.sampled_from(["load", "in place", "replaced"]))
+    @rule(seed=st.integers(0, 999), how=st.sampled_from(["load", "in place", "fused", "unseen", "replaced"]))
     def other_weights(self, seed, how):
         self.weights += 1
         torch.manual_seed(seed)
@@ -170,6 +170,12 @@ class Interleavings(RuleBasedStateMachine):
         elif how == "in place":
             with torch.no_grad():
                 parameter.copy_(other)
+        elif how == "fused":
+            parameter.grad = parameter.detach() - other
+            torch.optim.SGD([parameter], lr=1.0, fused=True).step()
+        elif how == "unseen":
+            parameter.data.copy_(other)
+            self.model.train(mode=self.model.training)
         else:
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, torch.nn.Parameter(other))

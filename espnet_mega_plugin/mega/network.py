@@ -249,11 +249,18 @@ class MegaNetwork(nn.Module):
         return labels.long()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        """Refuse weights that do not fit, by ValueError: ESPnet loads with strict=False and would decode garbage."""
+        """Refuse weights that do not fit, by ValueError: ESPnet loads with strict=False and would decode garbage.
+
+        Not missing is what is not trained: ESPnet's `save_strategy` may leave it out.
+        """
         own = {prefix + key: value for key, value in self.state_dict().items()}
         given = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        missing = own.keys() - given.keys()
+        trained = {prefix + name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if missing.isdisjoint(trained):
+            missing = set()
         problems = {
-            "missing": sorted(own.keys() - given.keys()),
+            "missing": sorted(missing),
             "unexpected": sorted(given.keys() - own.keys()),
             "of another shape": [
                 f"{key} {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
@@ -266,7 +273,8 @@ class MegaNetwork(nn.Module):
             raise ValueError(
                 f"The checkpoint does not fit this MEGA decoder: {listed}. Build the decoder with the decoder_conf the "
                 f"checkpoint was trained with (its config.yaml); to take over only a part of the weights use "
-                f"--init_param with --ignore_init_mismatch true."
+                f"--init_param with --ignore_init_mismatch true. A save_strategy that leaves weights out goes with a "
+                f"decoder that is not trained: freeze_param: [decoder]."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

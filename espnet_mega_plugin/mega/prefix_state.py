@@ -7,11 +7,15 @@ by hand, and scoring reads what is in it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from espnet_mega_plugin.mega.prefixes import Prefix
 from espnet_mega_plugin.mega.state import Documented
+
+
+_looking_in = threading.Lock()
 
 
 class PrefixState(list):
@@ -33,9 +37,17 @@ class PrefixState(list):
         return self._prefixes
 
     def look(self) -> None:
-        prefixes, self._prefixes = self._prefixes, None
-        if prefixes is not None:
-            super().extend(self._build(prefixes))
+        prefixes = self._prefixes
+        if prefixes is None:
+            return
+        built = self._build(prefixes)
+        with _looking_in:  # another thread may look, or score, meanwhile: it must find the prefixes or all dicts
+            if self._prefixes is not None:
+                super().extend(built)
+                self._prefixes = None
+
+    def __radd__(self, other: list) -> list:
+        return [*other, *self]
 
     def __reduce_ex__(self, protocol):
         return list, (list(self),)

@@ -95,6 +95,16 @@ class PrefixMemory:
         self.evaluated = 0  # prefixes the network was run for, since the decoder was made
         self.forget()
 
+    @property
+    def remembered(self) -> int:
+        return self._remembered
+
+    @remembered.setter
+    def remembered(self, number: int) -> None:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise ValueError(f"prefixes.remembered must be an integer of 0 or more; got {number!r}.")
+        self._remembered = number
+
     def forget(self) -> None:
         """Drop all that no state refers to. States handed out stay valid."""
         with self._lock:
@@ -105,6 +115,12 @@ class PrefixMemory:
             if self._tables is not None:
                 self._tables.labels.shrink()
                 self._tables.ends.shrink()
+
+    def begin_anew(self) -> None:
+        """`forget`, and let go of what was made of the weights: whoever calls knows that they may be others."""
+        with self._lock:
+            self._weights = self._constants = self._graphs = None
+            self.forget()
 
     @property
     def tables(self) -> Tables | None:

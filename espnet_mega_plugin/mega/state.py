@@ -49,6 +49,42 @@ class MegaMemory:
 
 
 Documented = list[dict[str, Tensor]]
+# Dimensions of each key for one hypothesis
+RANKS = {"ema_state": 2, "prev_key": 2, "prev_value": 2, "prev_pad": 1, "position": 0, "prev_input": 2}
+
+
+def check_shapes(states: Documented, widths: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a state whose tensors do not fit each other or the network.
+
+    Args:
+        states: one dict a block, with all keys.
+        widths: of each key, the dimensions that the network decides; those before them are rows and batch.
+
+    Raises:
+        TypeError, ValueError: the message names block and key, what came and what was expected.
+    """
+    batches = {}
+    for b, state in enumerate(states):
+        rows = {}
+        for name, width in widths.items():
+            shape, where = state[name].shape, f"{name} of block {b}"
+            ranks = RANKS[name], RANKS[name] + 1
+            fits = len(shape) in ranks and (not width or tuple(shape[-len(width) :]) == width)
+            if not fits:
+                expected = [*["W"][: RANKS[name] - len(width)], *map(str, width)]
+                raise ValueError(f"{where} must be ({', '.join(expected)}), or a batch of them; got {tuple(shape)}.")
+            batches[where] = shape[0] if len(shape) == ranks[1] else 1
+            if name in ("prev_key", "prev_value", "prev_pad"):
+                rows[where] = shape[-1 - len(width)]
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"a state has one row of each for a label; got {_listed(rows)} rows.")
+    if len(set(batches.values())) > 1:
+        raise ValueError(f"all of a state is of the same hypotheses; got {_listed(batches)} hypotheses.")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    """One key for each count."""
+    return ", ".join({count: f"{where}: {count}" for where, count in counts.items()}.values())
 
 
 def stack_right(rows: list[Tensor]) -> Tensor:

@@ -1,19 +1,30 @@
 """Whether a network may give other numbers than before: cheap to ask, as every label that is scored asks.
 
-Seen are a change in place as autograd sees it (`load_state_dict`, optimisers, any in-place operation), another tensor
-behind a parameter, another parameter, another submodule, autocast switched. Not seen is a write behind autograd's back,
-through `.data`.
+Seen are a change in place as autograd sees it (`load_state_dict`, any in-place operation), an optimiser's step (a fused
+one writes behind autograd's back), another tensor behind a parameter, another parameter, another submodule, autocast
+switched. Not seen is any other write behind autograd's back, through `.data`.
 """
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, count
 from operator import attrgetter, is_
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _version = attrgetter("_version")
+_counted = count(1)
+_steps = 0  # of all optimisers
+
+
+def _stepped(*_: object) -> None:
+    global _steps
+    _steps = next(_counted)
+
+
+register_optimizer_step_post_hook(_stepped)
 
 
 class Weights:
@@ -25,6 +36,7 @@ class Weights:
         self._held = [held.values() for held in dicts if held]
         self._entries = [*chain.from_iterable(self._held)]
         self._parameters = list(network.parameters())
+        self._steps = _steps
         self._changes = self._changes_now()
         # Held, so that no tensor made later lies where one of these does
         self._tensors = [parameter.detach() for parameter in self._parameters]
@@ -35,7 +47,8 @@ class Weights:
 
     def unchanged(self) -> bool:
         return (
-            sum(map(len, self._held)) == len(self._entries)
+            self._steps == _steps
+            and sum(map(len, self._held)) == len(self._entries)
             and all(map(is_, chain.from_iterable(self._held), self._entries))
             and self._changes_now() == self._changes
             and self._places_now() == self._places

@@ -31,6 +31,11 @@ def by_an_optimiser(network):
     torch.optim.SGD(network.parameters(), lr=1.0).step()
 
 
+def by_a_fused_optimiser(network):
+    network(torch.tensor([[0, 1]])).sum().backward()
+    torch.optim.AdamW(network.parameters(), lr=1.0, fused=True).step()
+
+
 def other_memory(network):
     weight = network.mega_blocks[0][1].linear1.weight
     weight.data = weight.data + 1
@@ -77,7 +82,7 @@ def last_one_removed(network):
 @pytest.mark.parametrize(
     "change",
     [
-        *(in_place, loaded, by_an_optimiser, other_memory, two_swapped, rounded, other_parameter),
+        *(in_place, loaded, by_an_optimiser, by_a_fused_optimiser, other_memory, two_swapped, rounded, other_parameter),
         *(other_module, other_activation, parametrised, removed, last_one_removed),
     ],
     ids=lambda change: change.__name__,

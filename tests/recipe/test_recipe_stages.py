@@ -201,6 +201,36 @@ def test_missing_configuration_is_named(folder):
     assert result.returncode == 2 and "--asr_config conf/train_mgea.yaml: no such file in" in result.stderr
 
 
+DECODING = {"conf/decode_default.yaml": "default", "conf/decode_tsd.yaml": "tsd", "conf/decode_maes.yaml": "maes"}
+
+
+@pytest.mark.parametrize(
+    ("configs", "decoded"),
+    [
+        ("conf/decode_default.yaml conf/decode_tsd.yaml", "decode_tsd_batched_"),
+        ("conf/decode_default.yaml", "decode_maes_batched_"),
+        ("conf/decode_maes.yaml,conf/decode_tsd.yaml", "{decode_maes_batched_asr_model_valid.loss.ave,decode_tsd_"),
+    ],
+)
+def test_batches_do_without_espnets_default_search(folder, configs, decoded):
+    """The recipes' own lists hold it; decoding in batches takes the others, or mAES."""
+    for name, kind in DECODING.items():
+        touch(folder, name)
+        (folder / name).write_text(f"beam_search_config:\n    search_type: {kind}\n")
+    decoding = ["--stage", "12", "--stop_stage", "12", "--inference_config", configs]
+    result = stages(folder, *decoding, "--batched", "true")
+    assert decoded in result.stdout and "decode_default_" not in result.stdout
+    assert ("conf/decode_default.yaml asks for ESPnet's default search" in result.stdout) == ("default" in configs)
+    assert "batched" not in stages(folder, *decoding).stdout
+
+
+def test_two_decodings_that_would_write_to_one_folder_are_refused(folder):
+    two = ["--inference_config", "conf/decode_maes.yaml conf/decode_maes_batched.yaml"]
+    result = stages(folder, "--stage", "12", *two, "--batched", "true")
+    assert result.returncode == 2 and "hold two that would both write decode_maes_batched_" in result.stderr
+    assert "both write" not in stages(folder, "--stage", "12", *two).stderr
+
+
 def test_skipped_stages_do_not_run(folder):
     for options in (["--skip_stages", "1 3 4 5 10 11 12 13"], ["--skip_data_prep", "true", "--skip_train", "true"]):
         result = stages(folder, *options, "--skip-eval", "true")

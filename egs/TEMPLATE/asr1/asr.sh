@@ -233,6 +233,21 @@ fi
 # One tag a decoding configuration: decode_maes_asr_model_valid.loss.ave
 inference_configs=${inference_config//,/ }
 [ -n "${inference_configs// }" ] || inference_configs=none
+if "${batched}"; then  # recipes name ESPnet's default search, which is not there in batches
+    _kept=""
+    for _config in ${inference_configs}; do
+        if [ -f "${_config}" ] && grep -Eq '^[^#]*search_type:[[:space:]]*["'\'']?default' "${_config}"; then
+            log "--batched true: ${_config} asks for ESPnet's default search, which is not there in batches: left out"
+        else
+            _kept+=" ${_config}"
+        fi
+    done
+    if [ -z "${_kept}" ]; then
+        _kept=conf/decode_maes.yaml
+        log "--batched true: ${_kept} in its place"
+    fi
+    inference_configs=${_kept# }
+fi
 inference_tags=""
 for _config in ${inference_configs}; do
     if [ -n "${inference_tag}" ]; then
@@ -246,7 +261,10 @@ for _config in ${inference_configs}; do
     _tag+=$(squeezed "${inference_args}")
     ! "${use_lm}" || _tag+=_lm_${lm_exp##*/}_$(stem "${inference_lm}")
     { ! "${use_ngram}" || ! "${batched}"; } || _tag+=_ngram_${ngram_exp##*/}_${ngram_num}gram
-    inference_tags+=" ${_tag}_asr_model_$(stem "${inference_asr_model}")"
+    _tag+=_asr_model_$(stem "${inference_asr_model}")
+    [[ " ${inference_tags} " != *" ${_tag} "* ]] \
+        || die "--inference_config: ${inference_configs// /, } hold two that would both write ${_tag}; name one of them"
+    inference_tags+=" ${_tag}"
 done
 inference_tags=${inference_tags# }
 
