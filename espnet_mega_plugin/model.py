@@ -31,6 +31,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,7 @@ from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerMo
 from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor
 
+from espnet_mega_plugin.rnnt.arguments import REDUCTIONS
 from espnet_mega_plugin.rnnt.fused import fused_rnnt_loss
 from espnet_mega_plugin.rnnt.loss import RNNTLoss, fastest
 from espnet_mega_plugin.rnnt.pruned import (
@@ -86,7 +89,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
     Raises:
         ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
             network that is not ESPnet's; ``validation_search`` or ``transducer_topology`` is none of those, or the
-            latter is given to a pruned loss.
+            latter is given to a pruned loss; ``k2_pruned_loss_args`` holds something unknown or of a wrong value.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         given = inspect.signature(ESPnetASRTransducerModel).bind(*args, **kwargs).arguments
         choice = _resolved(transducer_loss, given.get("use_k2_pruned_loss", False))
         _check_topology(transducer_topology, choice)
+        if choice == "pruned":
+            _check_pruned(given.get("k2_pruned_loss_args", {}))
         super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
         self.transducer_loss, self.validation_search = transducer_loss, validation_search
         self.transducer_topology, self._choice = transducer_topology, choice
@@ -312,6 +317,29 @@ def _resolved(transducer_loss: str, use_k2_pruned_loss: bool) -> str:
             "latter is transducer_loss: pruned. Leave one of them out."
         )
     return "pruned" if transducer_loss == "auto" else transducer_loss
+
+
+def _check_pruned(given: object) -> None:
+    """`k2_pruned_loss_args`, whose keys and values ESPnet would look at in the first step of training only."""
+    where, own = "model_conf: k2_pruned_loss_args", inspect.signature(MegaTransducerModel._pruned_loss).parameters
+    defaults = {name: p.default for name, p in own.items() if p.default is not p.empty}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} must be a mapping of {', '.join(defaults)}; got {given!r}.")
+    unknown = [name for name in given if name not in defaults]
+    if unknown:
+        raise ValueError(f"{where} has no {unknown[0]!r}; its keys are {', '.join(defaults)}.")
+    choices = {"loss_type": TOPOLOGIES, "reduction": REDUCTIONS}
+    for name, value in given.items():
+        if name in choices:
+            fits, wanted = value in choices[name], f"one of {', '.join(map(repr, choices[name]))}"
+        elif isinstance(defaults[name], int):
+            least = 1 if name == "prune_range" else 0
+            fits, wanted = type(value) is int and value >= least, f"an integer of {least} or more"
+        else:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+            wanted = "a finite number from 0 up"
+        if not fits:
+            raise ValueError(f"{where}: {name} must be {wanted}; got {value!r}.")
 
 
 def _check_topology(topology: str, choice: str) -> None:

@@ -414,6 +414,24 @@ def k2(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prune_rang": 5}, "has no 'prune_rang'; its keys are prune_range, simple_loss_scaling"),
+        ({"loss_type": "smoothed"}, "loss_type must be one of 'regular', .*; got 'smoothed'"),
+        ({"prune_range": 0}, "prune_range must be an integer of 1 or more; got 0"),
+        ({"prune_range": 2.5}, "prune_range must be an integer of 1 or more; got 2.5"),
+        ({"lm_scale": -0.1}, "lm_scale must be a finite number from 0 up; got -0.1"),
+        ({"simple_loss_scaling": "0.5"}, "simple_loss_scaling must be a finite number from 0 up; got '0.5'"),
+        ({"reduction": "max"}, "reduction must be one of 'none', 'mean', 'sum'; got 'max'"),
+    ],
+)
+def test_arguments_of_the_pruned_loss_are_refused_when_the_model_is_made(arguments, message):
+    for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}):
+        with pytest.raises(ValueError, match=f"model_conf: k2_pruned_loss_args.* ?{message}"):
+            model(**conf, k2_pruned_loss_args=arguments)
+
+
 @pytest.mark.parametrize("loss_type", ["regular", "modified", "constrained"])
 def test_pruned_is_espnets_own_method_with_k2(loss_type, seed, k2):
     """Weights, warm-up and masks are the same at every step; k2 is touched only where it was asked for."""

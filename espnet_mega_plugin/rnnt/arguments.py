@@ -71,7 +71,7 @@ def reduced(costs: Tensor, invalid: Tensor | None, reduction: str) -> Tensor:
     Utterances that are ``invalid`` cost NaN.
     """
     if invalid is not None:
-        costs = costs * torch.where(invalid, torch.nan, 1.0)
+        costs = costs * torch.where(invalid, torch.nan, 1.0).to(costs.dtype)
     if reduction == "none":
         return costs
     total = costs.sum(0, keepdim=True)

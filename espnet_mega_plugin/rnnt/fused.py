@@ -12,6 +12,7 @@ third of them once the model knows where its labels are. On CUDA, kernels take o
 B utterances, T frames, U labels, V classes, J channels of the joint space; R rows, one for each cell of a tile.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from espnet_mega_plugin.rnnt import arguments, wavefront
 from espnet_mega_plugin.rnnt.loss import fastest
 from espnet_mega_plugin.rnnt.topologies import shares
-from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
+from espnet_mega_plugin.rnnt.wavefront import accumulator
 
 # A tile's logits. On the CPU they go through the cache once more after the product.
 CPU_TILE_BYTES = 1 << 22
@@ -72,7 +73,7 @@ def fused_rnnt_loss(
         frame_lengths: (B,) integers, 1 to T
         label_lengths: (B,) integers, 0 to U
         activation: any function or module that treats every element alike and always in the same way (no dropout);
-            its parameters, if it has any, are trained, too.
+            a module's parameters are trained, too.
         blank, reduction, fastemit_lambda, check, topology: as in `rnnt_loss`.
         threshold: cells whose posterior is at most this give no gradient and are not computed in backward. None: 1e-8,
             and 1e-18 for float64; 0 keeps all.
@@ -110,7 +111,7 @@ def fused_rnnt_loss(
         compute = METHODS[fastest(enc.device, topology) if method == "auto" else method]
         costs = compute(enc, dec, weight, bias, *given[1:4], options, *parameters)
     else:
-        costs = enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs)
+        costs = (enc.sum((1, 2)) + 0 * sum(x.sum() for x in inputs)).to(accumulator(_product_type(enc, dec, weight)))
     return arguments.reduced(costs, given.invalid, reduction)
 
 
@@ -163,35 +164,39 @@ class _Costs(torch.autograd.Function):
                 cells = where(~(share <= options.threshold))  # a NaN stays
             planes = (lse, at_blank, at_label, by_blank, by_label, share)
             lse, at_blank, at_label, by_blank, by_label, share = (plane.view(-1)[cells] for plane in planes)
+            pivot = wavefront.pivots(lse, joint.sums)
             # p_k share = exp(logit - offset); nothing is left at +inf
             offset = lse.sub_(share.log())
             at_blank.exp_().mul_(share).sub_(by_blank)
             at_label.exp_().mul_(share).sub_(by_label)
             next_label = labels.view(-1)[joint.dec_row(cells)]
-            ctx.save_for_backward(enc, dec, weight, bias, cells, offset, at_blank, at_label, next_label, *parameters)
+            of_cells = cells, offset, at_blank, at_label, next_label, pivot
+            ctx.save_for_backward(enc, dec, weight, bias, *of_cells, *parameters)
             ctx.options = options
         return (-log_prob).to(accumulator(options.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_costs):
-        enc, dec, weight, bias, cells, offset, at_blank, at_label, next_label, *parameters = ctx.saved_tensors
+        enc, dec, weight, bias, *of_cells = ctx.saved_tensors
+        cells, offset, at_blank, at_label, next_label, pivot, *parameters = of_cells
         joint = Joint(enc, dec, weight, bias, ctx.options)
         scale = grad_costs.double()[joint.utterance(cells)]
         tile = joint.rows_of_a_tile
         sign = scale.sign() if scale.device.type != "cpu" or (scale < 0).any() else None
         rows = _Rows(
             cells,
-            ((scale.abs().log() - offset) * LOG2E[joint.sums]).to(joint.sums),
+            wavefront.base_2(scale.abs().log() - offset, pivot, joint.sums),
             (at_blank * scale).to(joint.sums),
             (at_label * scale).to(joint.sums),
             next_label,
+            pivot,
         )
         sums = Gradients(joint, ctx.needs_input_grad[:4], parameters, ctx.needs_input_grad[8:])
         with torch.autocast(enc.device.type, enabled=False):
             for start in range(0, len(cells), tile):
                 part = slice(start, start + tile)
-                chosen = _Rows(*(x[part] for x in rows)), None if sign is None else sign[part]
+                chosen = _Rows(*(None if x is None else x[part] for x in rows)), None if sign is None else sign[part]
                 sums.add(chosen[0].cells, lambda _, hidden, chosen=chosen: _gradient_to_logits(joint, hidden, *chosen))
         return *sums.like(enc, dec, weight, bias), None, None, None, None, *sums.of_parameters
 
@@ -200,10 +205,11 @@ class _Rows(NamedTuple):
     """What backward knows of each cell before it computes its logits."""
 
     cells: Tensor  # (R,) places in (B, T, U+1)
-    shift: Tensor  # (R,) gradient to a logit = 2 ** (log2(e) logit + shift), but for the next two
+    shift: Tensor  # (R,) gradient to a logit = 2 ** (log2(e) (logit - pivot) + shift), but for the next two
     at_blank: Tensor  # (R,) gradient to the blank's logit
     at_label: Tensor  # (R,) gradient to the next label's logit
     next_label: Tensor  # (R,) the blank where there is none
+    pivot: Tensor | None  # (R,) None: zeros
 
 
 class Joint:
@@ -211,7 +217,9 @@ class Joint:
 
     def __init__(self, enc: Tensor, dec: Tensor, weight: Tensor, bias: Tensor | None, options: Options):
         (B, self.T, J), (_, self.U1, _) = enc.shape, dec.shape
-        self.enc, self.dec = enc.detach().reshape(B * self.T, J), dec.detach().reshape(B * self.U1, J)
+        common = torch.promote_types(enc.dtype, dec.dtype)  # as a sum of both has it
+        self.enc = enc.detach().reshape(B * self.T, J).to(common)
+        self.dec = dec.detach().reshape(B * self.U1, J).to(common)
         self.weight = weight.detach().to(options.dtype)
         self.bias = None if bias is None else bias.detach().to(options.dtype)
         self.activation, self.blank = options.activation, options.blank
@@ -256,7 +264,8 @@ class Joint:
             # the rows are the leaf, not the sum: an activation may work in place
             rows = self.enc.index_select(0, self.enc_row(cells)).requires_grad_()
             hidden = self.activation(rows + self.dec.index_select(0, self.dec_row(cells)))
-        return hidden.detach(), lambda grad: torch.autograd.grad(hidden, (rows, *parameters), grad)
+        wanted = (rows, *parameters)  # a module may have parameters that it does not use
+        return hidden.detach(), lambda grad: torch.autograd.grad(hidden, wanted, grad, allow_unused=True)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, V), overwritten by the next call."""
@@ -291,7 +300,8 @@ class Gradients:
         summed, *others = derivative((grad @ self.joint.weight).to(hidden.dtype))
         self.add_to_rows(cells, summed)
         for total, part in zip(self.of_parameters, others, strict=True):
-            total.add_(part)
+            if part is not None:
+                total.add_(part)
 
     def add_to_rows(self, cells: Tensor, summed: Tensor) -> None:
         """The gradient to enc + dec to those of the rows of enc and dec that were summed. (R, J)"""
@@ -321,7 +331,7 @@ def _gradient_to_logits(joint: Joint, hidden: Tensor, rows: _Rows, sign: Tensor 
     """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow."""
     logits = joint.logits(hidden)
     grad = logits if logits.dtype == joint.sums else torch.empty_like(logits, dtype=joint.sums)
-    wavefront.exp_without_subnormals(grad, logits, rows.shift)
+    wavefront.exp_without_subnormals(grad, logits, rows.shift, rows.pivot)
     if sign is not None:
         grad.mul_(sign[:, None])
     # where there is no next label its place is the blank's, so the blank's entry is written last
@@ -344,9 +354,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _tanh_(x: Tensor) -> Tensor:
     """In place. On the CPU torch's float32 tanh takes 2.6 ns a number, its sigmoid 0.4 (AMD EPYC, torch 2.12).
 
-    The error, 1e-7 of 1, is that of the numbers next to 1.
+    The error, 1e-7 of 1, is that of the numbers next to 1: too much where there are none.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu":
+    fast = x.dtype == torch.float32 and x.device.type == "cpu"
+    if fast and torch.linalg.vector_norm(x) > 0.1 * math.sqrt(x.numel()):
         return x.mul_(2).sigmoid_().mul_(2).sub_(1)
     return x.tanh_()
 
@@ -383,6 +394,11 @@ def _shapes_and_types(enc, dec, weight, bias, activation) -> None:
             raise ValueError(f"{name} must have {dims} dimensions; got {tuple(value.shape)}.")
     if not callable(activation):
         raise TypeError(f"activation must be a function or module; got {type(activation).__name__}.")
+    if not isinstance(activation, torch.nn.Module) and _trains_something(activation, enc):
+        raise TypeError(
+            f"activation is a function of something that is trained; got {activation!r:.80}. Nothing would train it: "
+            f"give the module that holds the parameters."
+        )
     (B, _, J), (V, _) = enc.shape, weight.shape
     if dec.shape[0] != B or dec.shape[2] != J:
         raise ValueError(
@@ -393,6 +409,11 @@ def _shapes_and_types(enc, dec, weight, bias, activation) -> None:
         raise ValueError(f"weight must be (V, J) with J = {J} as in enc {tuple(enc.shape)}; got {tuple(weight.shape)}.")
     if bias is not None and bias.shape != (V,):
         raise ValueError(f"bias must be (V,) = ({V},) as weight {tuple(weight.shape)} has it; got {tuple(bias.shape)}.")
+
+
+def _trains_something(function: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    with torch.enable_grad():
+        return function(like.new_zeros(1)).requires_grad
 
 
 def _product_type(enc: Tensor, dec: Tensor, weight: Tensor) -> torch.dtype:

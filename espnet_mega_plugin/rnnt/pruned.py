@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from espnet_mega_plugin.rnnt import arguments, topologies, wavefront
 from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
-from espnet_mega_plugin.rnnt.wavefront import LOG2E, accumulator
+from espnet_mega_plugin.rnnt.wavefront import accumulator
 
 NAMES = {
     "acts": "the logits",
@@ -102,6 +102,9 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
         boundary: lengths. (B, 4)
         s_range: rows to keep, from 1 up.
     """
+    for name, grad in (("px_grad", px_grad), ("py_grad", py_grad)):
+        if not isinstance(grad, Tensor) or grad.dim() != 3:
+            raise ValueError(f"{name} must be a tensor of 3 dimensions, from return_grad; got {_shape(grad)}.")
     (B, S, T1), (_, S1, T) = px_grad.shape, py_grad.shape
     if py_grad.shape != (B, S + 1, T) or T1 not in (T, T + 1):
         raise ValueError(
@@ -111,6 +114,9 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
     if isinstance(s_range, bool) or not isinstance(s_range, int) or s_range < 1:
         raise ValueError(f"s_range must be an int from 1 up; got {s_range!r}.")
     boundary = _boundary(boundary, B, S, T)
+    lengths = boundary[:, 2:]  # the number of rows waits for them, wherever they are
+    if ((lengths < 0) | (lengths > lengths.new_tensor([S, T]))).any():
+        raise ValueError(f"boundary must hold 0 to S = {S} labels and 0 to T = {T} frames; got {lengths.tolist()}.")
     R = min(max(s_range, _fewest_rows(boundary)), S1)
     labels, frames = arguments.moved(boundary, py_grad.device)[:, 2:].split(1, 1)
     # posterior of the R rows' blanks, less what enters their first row within the frame
@@ -227,12 +233,13 @@ class _LogProbs(torch.autograd.Function):
         dtype = accumulator(logits.dtype)
         share = -(by_blank + by_label)  # what p_k is weighed by
         kept = share != 0  # nothing else is read
-        shift = ((share.abs().log() - lse) * LOG2E[dtype]).masked_fill_(~kept, -torch.inf).to(dtype)
+        pivot = wavefront.pivots(lse.masked_fill(~kept, 0.0), dtype)
+        shift = wavefront.base_2(share.abs().log() - lse, pivot, dtype).masked_fill_(~kept, -torch.inf)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if wavefront.lengths_are_free(logits):
-            wavefront.exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits))
+            wavefront.exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits), pivot)
         else:
-            wavefront.exp_everywhere(grad, logits, shift, kept, torch.ones_like(share[:, :1, :1]))
+            wavefront.exp_everywhere(grad, logits, shift, kept, torch.ones_like(share[:, :1, :1]), pivot)
         if grad.device.type != "cpu" or (share < 0).any():
             grad.mul_(share.sign()[..., None].masked_fill(~kept[..., None], 0.0).to(grad.dtype))
 
@@ -255,7 +262,7 @@ def _loss(blank, label, given, rnnt_type, delay_penalty, reduction, return_grad)
     score, by_blank, by_label = topologies.log_prob(blank, label, given.frame_lengths, given.label_lengths, rnnt_type)
     costs = -score.to(dtype)
     if given.invalid is not None:
-        costs = costs * torch.where(given.invalid, torch.nan, 1.0)
+        costs = costs * torch.where(given.invalid, torch.nan, 1.0).to(dtype)
     loss = {"none": lambda: costs, "sum": costs.sum, "mean": costs.mean}[reduction]()
     if not return_grad:
         return loss

@@ -60,18 +60,28 @@ def _cost(logits: Tensor, labels: list[int], blank: int, fastemit_lambda: float,
             return arc
         return arc + fastemit_lambda * (arc - arc.detach())  # nothing to the value, lambda times to the gradient
 
-    if topology != "regular":
-        return -_frame_by_frame(scores[..., blank], label_arc, topology == "constrained")
+    if topology == "regular":
+        log_prob = _cell_by_cell(scores[..., blank], label_arc)
+    else:
+        log_prob = _frame_by_frame(scores[..., blank], label_arc, topology == "constrained")
+    if log_prob == -torch.inf:  # there is no path: no gradient, but a graph as always
+        return torch.inf + 0 * logits.nan_to_num(0.0, 0.0, 0.0).sum()
+    return -log_prob
+
+
+def _cell_by_cell(blank: Tensor, label_arc: Callable[[int, int], Tensor]) -> Tensor:
+    """log P where a label takes no frame. blank: (T, U+1)"""
+    T, U1 = blank.shape
     alpha: dict[tuple[int, int], Tensor] = {}
     for t in range(T):
         for u in range(U1):
             arcs = []
             if t > 0:
-                arcs.append(alpha[t - 1, u] + scores[t - 1, u, blank])
+                arcs.append(alpha[t - 1, u] + blank[t - 1, u])
             if u > 0:
                 arcs.append(alpha[t, u - 1] + label_arc(t, u - 1))
-            alpha[t, u] = torch.stack(arcs).logsumexp(0) if arcs else scores.new_zeros(())
-    return -(alpha[T - 1, U1 - 1] + scores[T - 1, U1 - 1, blank])
+            alpha[t, u] = _log_sum(arcs, blank) if arcs else blank.new_zeros(())
+    return alpha[T - 1, U1 - 1] + blank[T - 1, U1 - 1]
 
 
 def _frame_by_frame(blank: Tensor, label_arc: Callable[[int, int], Tensor], constrained: bool) -> Tensor:
@@ -84,7 +94,11 @@ def _frame_by_frame(blank: Tensor, label_arc: Callable[[int, int], Tensor], cons
             arcs = [alpha[u] + blank[t, u]]
             if u > 0:
                 arcs.append(alpha[u - 1] + label_arc(t, u - 1) + (blank[t, u] if constrained else 0.0))
-            arcs = [arc for arc in arcs if arc != -torch.inf]  # of nothing but -inf the gradient would be NaN
-            after.append(torch.stack(arcs).logsumexp(0) if arcs else blank.new_tensor(-torch.inf))
+            after.append(_log_sum(arcs, blank))
         alpha = after
     return alpha[-1]
+
+
+def _log_sum(arcs: list[Tensor], like: Tensor) -> Tensor:
+    arcs = [arc for arc in arcs if arc != -torch.inf]  # of nothing but -inf the gradient would be NaN
+    return torch.stack(arcs).logsumexp(0) if arcs else like.new_tensor(-torch.inf)

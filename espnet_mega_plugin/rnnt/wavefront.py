@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 from espnet_mega_plugin.rnnt.topologies import shares
 
@@ -28,8 +28,11 @@ DEVICE_TILE_BYTES = 1 << 26
 
 LOG2E = {torch.float32: torch.tensor(math.log2(math.e)).item(), torch.float64: math.log2(math.e)}  # as these types
 # Posteriors too small to change a gradient of these types by more than their rounding does (float32: the error against
-# float64 is the same for 1e-8 to 1e-30, three times as large for 1e-6; (2, 300, 80, 200), random logits).
+# float64 is the same for 1e-8 to 1e-30; tests/rnnt/test_loss_laws.py).
 THRESHOLD = {torch.float32: 1e-9, torch.float64: 1e-18}
+
+# A shift as large as a row's log-sum-exp is rounded, and its exponential with it: float32, 16 to 32: by 7e-7 at most
+LARGE = {torch.float32: 16.0, torch.float64: 1e6}
 
 Tile = tuple[slice, slice, slice]  # utterances, frames, rows
 
@@ -64,16 +67,18 @@ def may_overwrite(logits: Tensor) -> bool:
     """Whether backward may write over these logits. Where another operation needs them nonetheless, autograd raises.
 
     Not where they are a leaf or look into one, nor where elements share memory; not where the operation they come from
-    needs them in its backward (softmax, tanh, …); not where they are a part of a larger tensor, whose other parts share
-    the version counter; not under saved-tensor hooks (activation checkpointing), where autograd compares no versions.
+    needs them in its backward (softmax, tanh, …) or is one of Python's, which may keep or look into anything; not where
+    they are a part of a larger tensor, whose other parts share the version counter; not under saved-tensor hooks
+    (activation checkpointing), where autograd compares no versions.
     """
     whole = logits if logits._base is None else logits._base
+    made_by = logits.grad_fn, whole.grad_fn
     return (
         not whole.is_leaf
         and not logits.is_leaf
         and logits.is_contiguous()
         and logits.numel() == whole.numel()
-        and not any(hasattr(type(tensor.grad_fn), "_saved_result") for tensor in (logits, whole))
+        and not any(hasattr(type(one), "_saved_result") or isinstance(one, BackwardCFunction) for one in made_by)
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
 
@@ -104,28 +109,29 @@ class _Costs(torch.autograd.Function):
             by_label.mul_(1 + fastemit_lambda)
             weight = by_blank + by_label
             dropped = weight <= threshold  # a NaN stays
+            pivot = pivots(lse.masked_fill(dropped, 0.0), dtype)
             # p_k w = exp(logit - offset); nothing is left at +inf
             offset = lse.sub_(weight.log()).masked_fill_(dropped, torch.inf)
             at_blank.exp_().mul_(weight).sub_(by_blank).masked_fill_(dropped, 0.0)
             at_label.exp_().mul_(weight).sub_(by_label).masked_fill_(dropped, 0.0)
-            ctx.save_for_backward(logits, labels, offset, at_blank, at_label)
+            ctx.save_for_backward(logits, labels, offset, at_blank, at_label, pivot)
             ctx.blank, ctx.inplace = blank, inplace
         return (-log_prob).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_costs):
-        logits, labels, offset, at_blank, at_label = saved_tensors(ctx)
+        logits, labels, offset, at_blank, at_label, pivot = saved_tensors(ctx)
         logits = logits.detach()
         grad = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
         dtype = accumulator(logits.dtype)
         scale = grad_costs.double()[:, None, None]
         kept = offset != torch.inf
-        shift = ((scale.abs().log() - offset) * LOG2E[dtype]).masked_fill_(~kept, -torch.inf).to(dtype)
+        shift = base_2(scale.abs().log() - offset, pivot, dtype).masked_fill_(~kept, -torch.inf)
         if lengths_are_free(logits):
-            exp_on_bands(grad, logits, shift, kept, grad_costs.tolist())
+            exp_on_bands(grad, logits, shift, kept, grad_costs.tolist(), pivot)
         else:
-            exp_everywhere(grad, logits, shift, kept, scale.sign())
+            exp_everywhere(grad, logits, shift, kept, scale.sign(), pivot)
         at_blank, at_label = (
             without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
         )
@@ -201,14 +207,27 @@ def _shifted_logsumexp(rows: Tensor) -> Tensor:
     return (rows - most).exp_().sum(-1).double().log_().add_(most[..., 0])
 
 
-def _exp(out: Tensor, logits: Tensor, shift: Tensor) -> None:
-    """out = 2 ** (logits * log2(e) + shift), shift a number for each row.
+def pivots(lse: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What to take off each row's logits before the exponential: 0 where they are small. None: all are. As `lse`"""
+    pivot = lse.masked_fill(~((lse.abs() > LARGE[dtype]) & lse.isfinite()), 0.0).to(dtype)
+    return None if lengths_are_free(pivot) and not pivot.any() else pivot
+
+
+def base_2(shift: Tensor, pivot: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What `_exp` takes for exp(logits + shift) once the pivot is off. shift: float64, infinities stay"""
+    return ((shift if pivot is None else shift + pivot) * LOG2E[dtype]).to(dtype)
+
+
+def _exp(out: Tensor, logits: Tensor, shift: Tensor, pivot: Tensor | None = None) -> None:
+    """out = 2 ** ((logits - pivot) * log2(e) + shift), shift and pivot a number for each row.
 
     With the base 2 the shift costs nothing, as the product and the sum are one rounded instruction, and torch's exp2
     takes a third of the time of its exp (0.28 against 0.82 ns a number; AMD EPYC, torch 2.12, one thread).
     """
     if logits.dtype != out.dtype:
         logits = out.copy_(logits)
+    if pivot is not None:
+        logits = torch.sub(logits, pivot[..., None], out=out)
     torch.add(shift[..., None], logits, alpha=LOG2E[out.dtype], out=out).exp2_()
 
 
@@ -216,28 +235,33 @@ def without_subnormals(entries: Tensor) -> Tensor:
     return entries.masked_fill_(entries.abs() < torch.finfo(entries.dtype).tiny, 0.0)
 
 
-def exp_on_bands(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, scale: list[float]) -> None:
+def exp_on_bands(
+    grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, scale: list[float], pivot: Tensor | None
+) -> None:
     """Fills the band of kept rows of each frame by `_exp`, the rest with zeros, where nothing is read."""
     for b, t, u in _tiles_of_bands(logits, kept):
         if u.start < u.stop:
-            exp_without_subnormals(grad[b, t, u], logits[b, t, u], shift[b, t, u])
+            off = None if pivot is None else pivot[b, t, u]
+            exp_without_subnormals(grad[b, t, u], logits[b, t, u], shift[b, t, u], off)
             if scale[b.start] < 0:
                 grad[b, t, u].neg_()
         grad[b, t, : u.start].zero_()
         grad[b, t, u.stop :].zero_()
 
 
-def exp_everywhere(grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, sign: Tensor) -> None:
+def exp_everywhere(
+    grad: Tensor, logits: Tensor, shift: Tensor, kept: Tensor, sign: Tensor, pivot: Tensor | None
+) -> None:
     """The same without asking the device which rows are kept."""
     for tile in _tiles_everywhere(logits):
-        exp_without_subnormals(grad[tile], logits[tile], shift[tile])
+        exp_without_subnormals(grad[tile], logits[tile], shift[tile], None if pivot is None else pivot[tile])
         grad[tile].mul_(sign[tile[0]][..., None]).masked_fill_(~kept[tile][..., None], 0.0)
 
 
-def exp_without_subnormals(grad: Tensor, logits: Tensor, shift: Tensor) -> None:
+def exp_without_subnormals(grad: Tensor, logits: Tensor, shift: Tensor, pivot: Tensor | None) -> None:
     """Subnormal numbers make the matrix products behind this gradient several times slower."""
     values = grad if grad.dtype == shift.dtype else torch.empty_like(grad, dtype=shift.dtype)
-    _exp(values, logits, shift)
+    _exp(values, logits, shift, pivot)
     torch.threshold_(values, torch.finfo(values.dtype).tiny, 0.0)
     if values is not grad:
         grad.copy_(values)

@@ -20,6 +20,13 @@ def exact(joint: Joint) -> Joint:
     return Joint(*[x.double() for x in joint[:4]], *joint[4:])
 
 
+def test_small_numbers_in_the_joint_space_keep_their_digits():
+    joint = random_joint(1, 4, 2, 8, 8, seed=31, dtype=torch.float32)
+    joint = joint._replace(enc=joint.enc * 1e-4, dec=joint.dec * 1e-4)
+    found, right = got(joint, **TRITON)[1], wanted(exact(joint), method="wavefront")[1]
+    assert all((one - other).norm() < 2e-6 * other.norm() for one, other in zip(found, right, strict=True))
+
+
 @pytest.mark.parametrize(
     "shape, blank, fastemit_lambda",
     [

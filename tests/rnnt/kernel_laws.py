@@ -92,11 +92,12 @@ def test_more_than_1024_rows():
         torch.testing.assert_close(found[carried], by_arc[carried], atol=2e-5, rtol=1e-3)
 
 
-def test_float32_keeps_its_precision_over_many_diagonals():
-    problem = given(random_problem(1, 50, 6, 3, seed=3, dtype=torch.float32))
+@pytest.mark.parametrize("T, U, rounding", [(50, 6, 1e-6), (1000, 2, 1.5e-7)])
+def test_float32_keeps_its_precision_over_many_diagonals(T, U, rounding):
+    problem = given(random_problem(1, T, U, 3, seed=3, dtype=torch.float32))
     wanted = costs_and_gradient(wavefront.costs, problem.with_acts(problem.acts.double()))
     costs, gradient = costs_and_gradient(triton_rnnt_loss, problem)
-    torch.testing.assert_close(costs.double(), wanted[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(costs.double(), wanted[0], rtol=rounding, atol=0)
     assert (gradient - wanted[1]).norm() < 2e-5 * wanted[1].norm()
 
 

@@ -158,6 +158,31 @@ def test_an_activations_parameters_are_trained():
 # ---- inside autograd ------------------------------------------------------------------------------------------------
 
 
+def test_an_activation_may_have_parameters_that_it_does_not_use():
+    joint, activation = random_joint(2, 4, 2, 5, 3, seed=35), torch.nn.PReLU(dtype=torch.float64)
+    activation.unused = torch.nn.Parameter(torch.ones(2))
+    fused_rnnt_loss(*joint.leaves(), activation).sum().backward()
+    used = activation.weight.grad.clone()
+    assert activation.unused.grad is None or not activation.unused.grad.any()
+    activation.weight.grad = None
+    rnnt_loss(joint.leaves().logits(activation), *joint[4:]).sum().backward()
+    torch.testing.assert_close(used, activation.weight.grad, **EXACT)
+
+
+def test_a_function_of_what_is_trained_is_refused():
+    joint, module, slope = (
+        random_joint(2, 4, 2, 5, 3, seed=36),
+        torch.nn.PReLU(dtype=torch.float64),
+        torch.ones(1, requires_grad=True),
+    )
+    for function in (module.forward, lambda x: x * slope):
+        with pytest.raises(TypeError, match="activation is a function of something that is trained"):
+            fused_rnnt_loss(*joint, function)
+    with torch.no_grad():
+        slope.requires_grad_(False)
+    fused_rnnt_loss(*joint, lambda x: x * slope)
+
+
 @pytest.mark.parametrize("names", ["enc", "dec", "weight", "bias", "enc dec", "weight bias", "enc weight"])
 def test_only_what_requires_a_gradient_gets_one(names):
     joint = random_joint(3, 5, 4, 6, 3, seed=6)
@@ -295,6 +320,51 @@ def test_float32_against_float64(activation):
     for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
         assert gradient.dtype == torch.float32
         assert (gradient - exact_gradient).norm() < 1e-6 * exact_gradient.norm()
+
+
+def error_in_float32(joint: Joint, **options) -> float:
+    """The largest of the gradients' relative errors."""
+    _, gradients = got(joint, **options)
+    exact = Joint(*[x.double() for x in joint[:4]], *joint[4:])
+    _, wanted_gradients = wanted(exact, method="wavefront")
+    pairs = zip(gradients, wanted_gradients, strict=True)
+    return max(float((found - exact).norm() / exact.norm()) for found, exact in pairs)
+
+
+@pytest.mark.parametrize("size", [0.1, 1e-3, 1e-6])
+def test_small_numbers_in_the_joint_space_keep_their_digits(size):
+    joint = random_joint(2, 8, 4, 30, 16, seed=31, dtype=torch.float32)
+    assert error_in_float32(joint._replace(enc=joint.enc * size, dec=joint.dec * size)) < 1e-6
+
+
+def test_large_weights_keep_the_gradient_finite():
+    joint = random_joint(1, 6, 3, 20, 16, seed=32, dtype=torch.float32)
+    for size in (30.0, 1e9):
+        _, gradients = got(joint._replace(weight=joint.weight * size))
+        found = gradients[2]
+        exact = Joint(*[x.double() for x in joint._replace(weight=joint.weight * size)[:4]], *joint[4:])
+        exact_gradient = wanted(exact, method="wavefront")[1][2]
+        torch.testing.assert_close(found.double(), exact_gradient, rtol=0, atol=2e-5)
+
+
+def test_what_the_threshold_leaves_out_is_less_than_rounding():
+    """The default, at a length where many cells have a small posterior."""
+    joint = random_joint(1, 200, 60, 20, 8, seed=33, dtype=torch.float32)
+    for found, whole in zip(got(joint)[1], got(joint, threshold=0.0)[1], strict=True):
+        assert (found - whole).norm() < 4e-7 * whole.norm()
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, torch.nn.SiLU()], ids=["tanh", "silu"])
+@pytest.mark.parametrize("narrow", ["enc", "dec"])
+def test_inputs_of_two_types_are_summed_in_the_wider(activation, narrow):
+    joint = random_joint(2, 8, 4, 30, 16, seed=34, dtype=torch.float32)
+    joint = joint._replace(**{narrow: getattr(joint, narrow).bfloat16()})
+    costs, gradients = got(joint, activation)
+    wanted_costs, wanted_gradients = wanted(joint, activation, method="wavefront")
+    torch.testing.assert_close(costs, wanted_costs, rtol=1e-6, atol=1e-6)
+    for found, exact in zip(gradients, wanted_gradients, strict=True):
+        rounding = 1e-6 if found.dtype == torch.float32 else 1e-2
+        assert found.dtype == exact.dtype and (found - exact).norm() < rounding * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -96,6 +96,35 @@ def test_not_where_it_is_told_not_to(problem, gradient):
     torch.testing.assert_close(acts.detach(), problem.acts, equal_nan=True, atol=0, rtol=0)
 
 
+class Detached(torch.autograd.Function):
+    """Its result looks into its input, which nothing about it tells."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_not_where_a_function_of_pythons_made_them(problem, gradient):
+    leaf = problem.acts.clone().requires_grad_()
+    loss_of(Detached.apply(leaf), problem).backward()
+    torch.testing.assert_close(leaf.detach(), problem.acts, equal_nan=True, atol=0, rtol=0)
+    torch.testing.assert_close(leaf.grad, gradient, **EXACT)
+
+
+def test_not_where_a_compiled_joint_network_made_them(problem):
+    def joint(x):
+        return x.tanh()
+
+    leaves = [problem.acts.nan_to_num(0.0).requires_grad_() for _ in range(2)]
+    loss_of(torch.compile(joint, backend="aot_eager")(leaves[0]), problem).backward()
+    loss_of(joint(leaves[1]), problem).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, **EXACT)
+
+
 def test_a_joint_networks_output_is_overwritten(problem):
     lin_out = torch.nn.Linear(7, 6, dtype=torch.float64)
     acts = lin_out(torch.randn(3, 5, 5, 7, dtype=torch.float64))

@@ -231,26 +231,31 @@ def test_a_masked_class_is_as_if_it_were_not_there(dtype, mask):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masked_arcs_leave_the_other_paths(dtype):
-    """-inf for the blank of one cell and a label of another: as with the reference where they are just improbable."""
+    """-inf for the blank of one cell and a label of another: as where they are just improbable."""
     problem = random_problem(2, 6, 4, 5, seed=19, dtype=dtype)
     improbable, masked = problem.acts.clone(), problem.acts.clone()
     for acts, value in ((improbable, -200.0), (masked, -torch.inf)):
         acts[0, 2, 1, 0] = value
         acts[0, 3, 2, problem.labels[0, 2]] = value
+        acts[0, 0, 0, 0] = acts[0, 1, 0, 0] = value  # no arc leads to a cell
+        acts[0, 0, 0, problem.labels[0, 0]] = -1.0
         acts[0, 4, :, 0] = value
         acts[0, 4, 4, 0] = 0.5
     wanted = costs_and_gradient(problem.with_acts(improbable), method="reference")
-    torch.testing.assert_close(costs_and_gradient(problem.with_acts(masked)), wanted)
+    for method in ON_CPU:
+        torch.testing.assert_close(costs_and_gradient(problem.with_acts(masked), method=method), wanted)
 
 
 @pytest.mark.parametrize("leaf", [True, False])
-def test_labels_without_a_path_cost_inf_and_give_no_gradient(leaf):
+@pytest.mark.parametrize("method", ON_CPU)
+@pytest.mark.parametrize("topology", ["regular", "modified", "constrained"])
+def test_labels_without_a_path_cost_inf_and_give_no_gradient(leaf, method, topology):
     problem = random_problem(3, 6, 4, 5, seed=20)
-    alone = costs_and_gradient(problem)
+    alone = costs_and_gradient(problem, topology=topology)
     acts = problem.acts.clone()
     acts[0, :, 2, problem.labels[0, 2]] = -torch.inf
-    costs, gradient = costs_and_gradient(problem.with_acts(acts), leaf=leaf)
-    assert costs[0] == torch.inf and rnnt_loss(acts, *problem[1:], method="reference", reduction="sum") == torch.inf
+    costs, gradient = costs_and_gradient(problem.with_acts(acts), leaf=leaf, method=method, topology=topology)
+    assert costs[0] == torch.inf
     assert (gradient[0] == 0).all()
     torch.testing.assert_close((costs[1:], gradient[1:]), (alone[0][1:], alone[1][1:]))
 
@@ -261,10 +266,34 @@ def test_large_logits_do_not_overflow(dtype, offset):
     """Rows that leave the range of a plain sum of exponentials are computed again."""
     problem = random_problem(3, 6, 4, 5, seed=21, dtype=dtype, spread=50.0)
     acts = problem.acts + offset * torch.randint(0, 2, (3, 6, 5, 5))
-    wanted = costs_and_gradient(problem.with_acts(acts), method="reference")
-    # a probability is the exponential of a difference of such numbers
+    costs, gradient = costs_and_gradient(problem.with_acts(acts), method="reference")
+    # the costs are differences of float32 numbers as large as the offset
     rounding = 4 * abs(offset) * torch.finfo(dtype).eps
-    torch.testing.assert_close(costs_and_gradient(problem.with_acts(acts)), wanted, rtol=1e-5, atol=1e-7 + rounding)
+    found = costs_and_gradient(problem.with_acts(acts))
+    torch.testing.assert_close(found[0], costs, rtol=1e-5, atol=1e-7 + rounding)
+    # a row's sum is made relative to its blank or label, up to exp(69) below it: float32 rounds that by 3e-6
+    torch.testing.assert_close(found[1], gradient, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("spread", [1.0, 16.0, 32.0, 100.0, 1e4, 1e8, 1e12])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_the_gradients_error_does_not_grow_with_the_logits(spread, leaf):
+    problem = random_problem(2, 40, 12, 50, seed=31, dtype=torch.float32, spread=spread)
+    exact = problem.with_acts(problem.acts.double())
+    _, wanted = costs_and_gradient(exact)
+    if spread == 1e4:
+        torch.testing.assert_close(wanted, costs_and_gradient(exact, method="reference")[1], rtol=0, atol=1e-10)
+    _, gradient = costs_and_gradient(problem, leaf=leaf)
+    assert (gradient - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_what_the_threshold_leaves_out_is_less_than_rounding():
+    """The default, at a length where many cells have a small posterior."""
+    problem = random_problem(1, 300, 80, 50, seed=32, dtype=torch.float32)
+    _, wanted = costs_and_gradient(problem.with_acts(problem.acts.double()), threshold=0.0)
+    _, gradient = costs_and_gradient(problem)
+    assert (gradient[0] == 0).all(-1).double().mean() > 0.1
+    assert (gradient - wanted).norm() < 2e-7 * wanted.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

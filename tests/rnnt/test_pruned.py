@@ -481,6 +481,12 @@ def test_refused_by_one():
             get_rnnt_prune_ranges(*grads, SIMPLE["boundary"], s_range)
     with pytest.raises(ValueError, match=r"px_grad must be \(B, S, T \+ 1\)"):
         get_rnnt_prune_ranges(grads[0][..., :4], grads[1], SIMPLE["boundary"], 2)
+    for grads_given in ((None, grads[1]), (grads[0], grads[1][0])):
+        with pytest.raises(ValueError, match="p[xy]_grad must be a tensor of 3 dimensions"):
+            get_rnnt_prune_ranges(*grads_given, SIMPLE["boundary"], 2)
+    for beyond in ([0, 0, 4, 5], [0, 0, 3, 6], [0, 0, -1, 5]):
+        with pytest.raises(ValueError, match="boundary must hold 0 to S = 3 labels and 0 to T = 5 frames"):
+            get_rnnt_prune_ranges(*grads, torch.tensor([beyond] * len(SIMPLE["boundary"])), 2)
 
 
 def test_unchecked_utterances_at_fault_are_nan(monkeypatch):
