@@ -14,7 +14,6 @@ from typing import Any
 from espnet_mega_plugin.mega.prefixes import Prefix
 from espnet_mega_plugin.mega.state import Documented
 
-
 _looking_in = threading.Lock()
 
 
