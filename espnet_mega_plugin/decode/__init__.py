@@ -8,6 +8,8 @@ encoding.py     encoder outputs of a batch, each as alone
 streaming.py    any number of utterances whose audio comes in pieces
 timing.py       when labels and words were said, and how sure they are
 results.py      the files that are written
+keys.py         which utterances of a list
+progress.py     how far it is
 processes.py    several processes, each with a part of the list
 """
 

@@ -11,8 +11,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from espnet_mega_plugin.decode.options import parsed
+
+NO_RESULT = 3  # exit status; Python's own is 1 for any exception, and argparse's 2 for wrong options
 
 _log = logging.getLogger("espnet_mega_plugin")
 
@@ -21,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Decodes.
 
     Returns:
-        0, or 1 when no utterance has a result. Wrong options or files end the process with status 2 and a message.
+        0, or 3 when no utterance has a result. Wrong options or files, and processes that failed, end this one with
+        status 2 and a message.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parsed(argv)
@@ -35,23 +40,37 @@ def main(argv: list[str] | None = None) -> int:
             from espnet_mega_plugin.decode.processes import decode_in_processes
 
             return decode_in_processes(options, argv)
-        return decode(options)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        _log.debug("decode failed", exc_info=True)
-        print(f"espnet_mega_plugin decode: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        opened = _open(options)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        _refuse(error)
+    try:
+        return decode(options, *opened)
+    except OSError as error:  # the results cannot be written; anything else is a mistake of the program, and shown
+        _refuse(error)
 
 
-def decode(options: argparse.Namespace) -> int:
-    """Decodes in this process."""
+def _refuse(error: Exception) -> NoReturn:
+    _log.debug("decode failed", exc_info=True)
+    print(f"espnet_mega_plugin decode: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+def _open(options: argparse.Namespace) -> tuple:
+    """The model, the reader of the list, and the keys to decode."""
     from espnet_mega_plugin.decode.keys import keys_to_decode
-    from espnet_mega_plugin.decode.progress import Progress
-    from espnet_mega_plugin.decode.results import ResultFiles
-    from espnet_mega_plugin.decode.utterances import POOL, Reader, batches, pools
+    from espnet_mega_plugin.decode.utterances import Reader
 
     speech2text = _speech2text(options)
     read = Reader(options.data_path_and_name_and_type, speech2text.asr_train_args, options.allow_variable_data_keys)
-    keys = keys_to_decode(options.key_file, read.keys)
+    return speech2text, read, keys_to_decode(options.key_file, read.keys)
+
+
+def decode(options: argparse.Namespace, speech2text, read, keys: Sequence[str]) -> int:
+    """Decodes in this process."""
+    from espnet_mega_plugin.decode.progress import Progress
+    from espnet_mega_plugin.decode.results import ResultFiles
+    from espnet_mega_plugin.decode.utterances import POOL, batches, pools
+
     most = options.max_batch_frames * speech2text.samples_per_frame
     rate, skipped = speech2text.sampling_rate, 0
     with ResultFiles(options.output_dir) as files, Progress(options.progress, len(keys)) as progress:
@@ -69,7 +88,7 @@ def decode(options: argparse.Namespace) -> int:
     if options.progress == "bar":
         print(summary, file=sys.stderr)
     _log.info(summary)
-    return int(skipped == len(keys))
+    return NO_RESULT if skipped == len(keys) else 0
 
 
 def decoded(speech2text, batch: Sequence, display: bool = False) -> dict[str, list | str]:
@@ -91,7 +110,7 @@ def decoded(speech2text, batch: Sequence, display: bool = False) -> dict[str, li
             return {batch[0].key: f"cannot be decoded: {type(error).__name__}: {error}"}
         half = len(batch) // 2
         return decoded(speech2text, batch[:half], display) | decoded(speech2text, batch[half:], display)
-    nothing = "the model's scores are not numbers"
+    nothing = "cannot be decoded: the model's scores are not numbers"
     return {utterance.key: nbest or nothing for utterance, nbest in zip(batch, found, strict=True)}
 
 
@@ -125,4 +144,34 @@ def _speech2text(options: argparse.Namespace):
         *("phrase_weight", "encoder_batches"),
     )
     arguments = {name: getattr(options, name) for name in same}
-    return BatchedSpeech2Text(**arguments, device="cuda" if options.ngpu else "cpu")
+    try:
+        return BatchedSpeech2Text(**arguments, device="cuda" if options.ngpu else "cpu")
+    except FileNotFoundError:  # names its option and file
+        raise
+    except Exception as error:  # whatever torch, ESPnet and YAML raise for files that are not what they should be
+        raise ValueError(_why_not_loaded(options, error)) from error
+
+
+def _why_not_loaded(options: argparse.Namespace, error: Exception) -> str:
+    """What was to be loaded, and what was wrong with it."""
+    files = {}
+    for config, checkpoint in (("asr_train_config", "asr_model_file"), ("lm_train_config", "lm_file")):
+        if getattr(options, checkpoint):
+            beside = Path(getattr(options, checkpoint)).parent / "config.yaml"
+            files |= {config: getattr(options, config) or beside, checkpoint: getattr(options, checkpoint)}
+    for config in ("asr_train_config", "lm_train_config"):
+        if config in files and Path(files[config]).is_file() and not _is_mapping(files[config]):
+            return f"{config}: {files[config]} has no `name: value` lines; expected the config.yaml of a training."
+    more = {name: getattr(options, name) for name in ("bpemodel", "ngram_file", "phrases") if getattr(options, name)}
+    named = ", ".join(f"{name} {file}" for name, file in (files | more).items())
+    known = isinstance(error, (OSError, RuntimeError, ValueError))
+    return f"while loading {named}: {error if known else f'{type(error).__name__}: {error}'}"
+
+
+def _is_mapping(file: str | Path) -> bool:
+    import yaml
+
+    try:
+        return isinstance(yaml.safe_load(Path(file).read_text(encoding="utf-8")), dict)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return False

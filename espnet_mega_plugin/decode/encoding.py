@@ -13,7 +13,9 @@ B utterances, F feature frames, T encoder frames, D encoder size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from espnet2.asr_transducer.encoder.blocks.branchformer import Branchformer
@@ -27,6 +29,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 MASKED = (Conformer, Branchformer, EBranchformer)  # blocks that read nothing behind a mask
+
+
+_turns: WeakKeyDictionary[nn.Module, threading.Lock] = WeakKeyDictionary()
+
+
+def turn(encoder: nn.Module) -> threading.Lock:
+    """To be held while the encoder works: one thread at a time.
+
+    ESPnet's blocks keep things on themselves between two lines of a forward (the attention its weights, as `attn`, the
+    streaming blocks their `cache`), which another thread in the same encoder would change. The locks are not kept in
+    the model, so that it can be copied and pickled.
+    """
+    return _turns.setdefault(encoder, threading.Lock())
 
 
 def features(model: nn.Module, waveform: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,26 +65,30 @@ def too_short_for_frontend(model: nn.Module, samples: int) -> bool:
 
 def too_short_for_encoder(encoder: nn.Module, frames: int) -> bool:
     """Whether so many feature frames give no encoder frame."""
-    return check_short_utt(encoder.embed.subsampling_factor, frames)[0]
+    embed = encoder.embed  # ESPnet's check is too low for a factor of 2: convolutions alone need more than it asks for
+    least = 0 if getattr(embed, "vgg_like", True) else embed.min_frame_length
+    return frames < least or check_short_utt(embed.subsampling_factor, frames)[0]
 
 
 def encode_alone(encoder: nn.Module, feats: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Encoder outputs, padded with zeros (B, T, D), and their lengths. (B,)"""
-    found = [encoder(x, length)[0][0] for x, length in feats]
+    with turn(encoder):
+        found = [encoder(x, length)[0][0] for x, length in feats]
     return pad_sequence(found, batch_first=True), _lengths(found)
 
 
 def encode_padded(encoder: nn.Module, feats: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The same for all at once; what is behind an utterance's length means nothing."""
-    embedded = [encoder.embed(x)[0][0] for x, _ in feats]
-    lengths, x = _lengths(embedded), pad_sequence(embedded, batch_first=True)
-    pos_enc = encoder.pos_enc(x)
-    for block in encoder.encoders.blocks:
-        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-        x, _, pos_enc = block(x, pos_enc, padding)
-        if isinstance(block, Conv1d) and not block.lorder:
-            lengths = lengths - block.padding  # its first and last frames see too little to be kept
-    return encoder.encoders.norm_blocks(x), lengths
+    with turn(encoder):
+        embedded = [encoder.embed(x)[0][0] for x, _ in feats]
+        lengths, x = _lengths(embedded), pad_sequence(embedded, batch_first=True)
+        pos_enc = encoder.pos_enc(x)
+        for block in encoder.encoders.blocks:
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+            x, _, pos_enc = block(x, pos_enc, padding)
+            if isinstance(block, Conv1d) and not block.lorder:
+                lengths = lengths - block.padding  # its first and last frames see too little to be kept
+        return encoder.encoders.norm_blocks(x), lengths
 
 
 def why_not_padded(encoder: nn.Module) -> str | None:

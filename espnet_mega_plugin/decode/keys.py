@@ -10,11 +10,14 @@ def first_column(file: str | Path, option: str) -> list[str]:
     """
     Raises:
         FileNotFoundError: there is no such file; the message names the option.
-        ValueError: a key appears twice.
+        ValueError: it is no text in UTF-8, or a key appears twice.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"{option}: there is no file {file}.")
-    lines = Path(file).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option}: {file}: expected text in UTF-8: {error}.") from error
     keys = [line.split(maxsplit=1)[0] for line in lines if line.strip()]
     if len(set(keys)) < len(keys):
         twice = sorted(keys)

@@ -22,6 +22,8 @@ Decode utterances in batches with a transducer that ESPnet trained: the same wor
 
 example: python -m espnet_mega_plugin decode --asr_model_file exp/asr/valid.loss.ave.pth \\
              --data_path_and_name_and_type dump/raw/test/wav.scp,speech,sound --output_dir exp/asr/decoded
+
+exit status: 0; 2: an option or a file is wrong, or a process failed; 3: no utterance has a result
 """
 
 
@@ -42,7 +44,7 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
             f"--model_tag {options.model_tag}: nothing is downloaded here. Get the model with espnet_model_zoo "
             "(`espnet_model_zoo_download --unpack true TAG`) and name its files: --asr_train_config, --asr_model_file"
         )
-    for name in ("batch_size", "max_batch_frames", "beam_size", "nbest", "num_processes"):
+    for name in ("batch_size", "max_batch_frames", "beam_size", "nbest", "num_processes", "decoding_window"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: expected 1 or more")
@@ -99,6 +101,14 @@ class Names(argparse.Action):
         setattr(namespace, self.dest, [name for value in values for name in names(value)])
 
 
+class Entries(argparse.Action):
+    """May be given several times. The first takes the place of what the YAML has; the others are added."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*([] if before is self.default else before), values])
+
+
 def _yaml_or_none(text: str):
     try:
         return yaml.safe_load(text)
@@ -112,6 +122,8 @@ def _from_yaml(file: str, parser: argparse.ArgumentParser) -> dict:
         given = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except OSError as error:
         parser.error(f"--config {file}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        parser.error(f"--config {file}: expected text in UTF-8: {error}")
     except yaml.YAMLError as error:
         parser.error(f"--config {file}: no YAML: {error}")
     if not isinstance(given, dict):
@@ -129,9 +141,12 @@ def _from_yaml(file: str, parser: argparse.ArgumentParser) -> dict:
 def _checked(parser: argparse.ArgumentParser, where: str, action: argparse.Action, value):
     if value is None:
         return action.default
-    if action.dest == "data_path_and_name_and_type":
-        entries = [value] if isinstance(value, str) else value
-        return [triple(entry if isinstance(entry, str) else ",".join(entry)) for entry in entries]
+    if isinstance(action, Entries):
+        entries = value if isinstance(value, list) else [value]
+        try:
+            return [triple(",".join(map(str, entry)) if isinstance(entry, list) else str(entry)) for entry in entries]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{where}: {error}")
     if isinstance(action, Names):
         return names(value) if isinstance(value, str) else [str(name) for name in value]
     if isinstance(action, Mapping):
@@ -171,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--data_path_and_name_and_type",
         type=triple,
-        action="append",
+        action=Entries,
         metavar="FILE,speech,TYPE",
         help="such as wav.scp,speech,sound (required)",
     )

@@ -8,8 +8,9 @@
     confidence   probability of each token where it was emitted, as many numbers as tokens
     ctm          a word a line, in NIST's form: utterance, channel 1, start, duration, word, confidence
 
-The first four are ESPnet's. The others' meaning is told in `timing.py`; without a frontend there are no times, and
-no timestamps and ctm. `skipped` lists the utterances without a result, and why.
+The first four are ESPnet's. The others' meaning is told in `timing.py`; times of streams end with the audio, although
+ESPnet goes on into the silence that fills up the last chunk. Without a frontend there are no times, and no timestamps
+and ctm. `skipped` lists the utterances without a result, and why.
 """
 
 from __future__ import annotations

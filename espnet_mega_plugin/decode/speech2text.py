@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from espnet2.asr.frontend.default import DefaultFrontend
 from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.text.build_tokenizer import build_tokenizer
 from espnet2.text.cleaner import TextCleaner
@@ -23,12 +25,12 @@ from torch import Tensor, nn
 from espnet_mega_plugin.attach import attach
 from espnet_mega_plugin.decode import encoding, timing
 from espnet_mega_plugin.decode.options import DTYPES, ENCODER_BATCHES
-from espnet_mega_plugin.decode.streaming import EncoderStream, SpeechStreams, StreamedHypothesis, chunks
+from espnet_mega_plugin.decode.streaming import EncoderStream, SpeechStreams, StreamedHypothesis, check_window, chunks
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.language_model import load_language_model, scorer_of_lm
 from espnet_mega_plugin.search.ngram import NgramScorer, read_arpa
 from espnet_mega_plugin.search.phrases import Phrase, PhraseScorer, read_phrases
-from espnet_mega_plugin.search.scorer import Fusion
+from espnet_mega_plugin.search.scorer import Fusion, check_weight
 from espnet_mega_plugin.search.search import SEARCH_TYPES, BatchedSearch
 
 Result = tuple[str | None, list[str], list[int], Hypothesis]  # text, tokens, token ids, hypothesis
@@ -59,7 +61,7 @@ class BatchedSpeech2Text:
         quantize_asr_model, quantize_modules, quantize_dtype: dynamic quantisation, on a CPU.
         nbest: hypotheses an utterance, at most.
         streaming: encode chunk by chunk, as the audio would come in.
-        decoding_window: length of a chunk, milliseconds.
+        decoding_window: length of a chunk, milliseconds of audio at the model's sampling rate.
         left_context: encoder frames before a chunk that its attention sees.
         ngram_file, ngram_weight: n-gram language model over the model's tokens, in ARPA form, plain or gzip.
         phrases: phrases to prefer: a file (one a line, a tab and a weight behind it if wanted), or texts, or pairs of
@@ -73,7 +75,7 @@ class BatchedSpeech2Text:
 
     Raises:
         FileNotFoundError: a file is missing.
-        TypeError, ValueError: an argument has a wrong type or value.
+        TypeError, ValueError: an argument has a wrong type or value, or a checkpoint is not its configuration's.
     """
 
     def __init__(
@@ -105,10 +107,14 @@ class BatchedSpeech2Text:
     ):
         _check_one_of("dtype", dtype, DTYPES)
         _check_one_of("encoder_batches", encoder_batches, ENCODER_BATCHES)
+        weights_of = {"lm_weight": lm_weight, "ngram_weight": ngram_weight, "phrase_weight": phrase_weight}
+        for name, weight in weights_of.items():
+            check_weight(name, weight)
         config, weights = _model_files(asr_train_config, asr_model_file)
         search_options = _search_options(beam_search_config)
         attach()
         model, args = ASRTransducerTask.build_model_from_file(config, weights, device)
+        _check_weights_are_of(model, args, config, weights)
         self.asr_model, self.asr_train_args = model.eval(), args
         self.device, self.dtype, self.nbest, self.streaming = device, dtype, nbest, streaming
         self.decoding_window, self.left_context = decoding_window, max(left_context, 0)
@@ -123,6 +129,8 @@ class BatchedSpeech2Text:
         bpemodel = args.bpemodel if bpemodel is None else bpemodel
         self.converter = TokenIDConverter(token_list=model.token_list)
         self.tokenizer = None
+        if self.token_type == "bpe" and bpemodel is not None and not Path(bpemodel).is_file():
+            raise FileNotFoundError(f"bpemodel: there is no file {bpemodel}, which {config} names unless you do.")
         if self.token_type != "bpe" or bpemodel is not None:
             self.tokenizer = build_tokenizer(token_type=self.token_type, bpemodel=bpemodel)
 
@@ -130,7 +138,7 @@ class BatchedSpeech2Text:
         if lm_file is not None or lm_train_config is not None:
             if lm_file is None:
                 raise ValueError("lm_train_config is given without lm_file: name the language model's checkpoint too.")
-            lm = load_language_model(lm_train_config, lm_file, device, dtype)
+            lm = load_language_model(lm_train_config, lm_file, device, dtype, model.token_list)
             fusion.append(Fusion(scorer_of_lm(lm, model.decoder.vocab_size), lm_weight))
         if ngram_file is not None:
             fusion.append(Fusion(NgramScorer(read_arpa(ngram_file), model.token_list, device=device), ngram_weight))
@@ -149,7 +157,8 @@ class BatchedSpeech2Text:
         self.seconds_per_frame = None if hop is None else self.samples_per_frame / self.sampling_rate
         if streaming:
             self.search.streams()  # refuses a search that cannot
-            self.encoder_stream()  # and an encoder
+            check_window(model, args.frontend_conf or {}, decoding_window, self.sampling_rate)
+            self.encoder_stream()  # refuses an encoder that cannot
 
     @torch.no_grad()
     def __call__(
@@ -161,7 +170,8 @@ class BatchedSpeech2Text:
 
         Args:
             waveforms: (S,) each, at the sampling rate of the training, -1 .. 1; features (F, D) where the model has no
-                frontend. In `streaming` mode each goes through the encoder chunk by chunk.
+                frontend; of (S, channels) the first channel, as ESPnet's frontend takes it. In `streaming` mode each
+                goes through the encoder chunk by chunk.
             on_partial: in `streaming` mode called after each chunk but the last with the waveform's place in the list,
                 the milliseconds done and the results so far.
 
@@ -212,7 +222,7 @@ class BatchedSpeech2Text:
         return results
 
     def times(self, result: Result) -> list[float]:
-        """When each token was emitted, seconds.
+        """When each token was emitted, seconds; in finished streams never behind the end of the audio.
 
         Raises:
             ValueError: the model does not tell how long a frame is.
@@ -220,14 +230,18 @@ class BatchedSpeech2Text:
         return [frame * self._seconds() for frame in _places(result[3])]
 
     def words(self, result: Result) -> list[timing.Word]:
-        """The words with their times and confidences.
+        """The words with their times and confidences; in finished streams they end with the audio at the latest.
 
         Raises:
             ValueError: the model does not tell how long a frame is.
         """
         hypothesis = result[3]
         space = self.asr_model.sym_space
-        return timing.words(result[1], _places(hypothesis), hypothesis.logps, self._seconds(), self.token_type, space)
+        seconds, places = self._seconds(), _places(hypothesis)
+        found = timing.words(result[1], places, hypothesis.logps, seconds, self.token_type, space)
+        if not isinstance(hypothesis, StreamedHypothesis):
+            return found
+        return [replace(word, end=min(word.end, hypothesis.end * seconds)) for word in found]
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -236,17 +250,23 @@ class BatchedSpeech2Text:
         return getattr(torch, self.dtype)
 
     def waveform(self, given: np.ndarray | Tensor, name: str = "waveform") -> Tensor:
-        """What is given as a tensor the frontend takes.
+        """What is given as a tensor the frontend takes, of several channels the one it would take.
 
         Raises:
-            TypeError, ValueError: it is no array of finite numbers.
+            TypeError, ValueError: it is no array of finite floating-point numbers, or has channels for samples.
         """
         if not isinstance(given, (np.ndarray, Tensor)):
             raise TypeError(f"{name} must be an array or a tensor; got {type(given).__name__}.")
         dtype = torch.promote_types(self._torch_dtype, torch.float32)
-        waveform = torch.as_tensor(given).to(self.device, dtype)
-        if waveform.dim() not in (1, 2):
-            raise ValueError(f"{name} must be (samples,) or (frames, size); got shape {tuple(waveform.shape)}.")
+        frontend, shape = self.asr_model.frontend, tuple(given.shape)
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{name} must be (samples,) or (frames, size); got shape {shape}.")
+        # A stream's last chunk may have less samples than channels; eight are too few to be an utterance
+        if frontend is not None and len(shape) == 2 and (shape[1] > max(shape[0], 8) or not shape[1]):
+            raise ValueError(f"{name} must be (samples,) or (samples, channels); got shape {shape}: transpose it.")
+        waveform = _floats(given, name).to(self.device, dtype)
+        if waveform.dim() == 2 and _takes_one_channel(frontend):
+            waveform = waveform[:, 0]  # the one it takes; streams are padded along the last axis, so no other may be
         if not bool(waveform.isfinite().all()):
             raise ValueError(f"{name} holds NaN or infinite numbers.")
         return waveform
@@ -259,6 +279,7 @@ class BatchedSpeech2Text:
             self.left_context,
             self.device,
             self._torch_dtype,
+            self.sampling_rate,
         )
 
     def _in_chunks(self, speech: Sequence[Tensor], on_partial: Callable | None) -> list[list[Result]]:
@@ -293,6 +314,9 @@ class BatchedSpeech2Text:
         if isinstance(phrases, (str, Path)):
             return read_phrases(phrases, labels, unknown, weight)
         pairs = [(one, weight) if isinstance(one, str) else one for one in phrases]
+        for place, pair in enumerate(pairs):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise ValueError(f"phrases[{place}] must be a text, or a pair of text and weight; got {pair!r}.")
         for text, _ in pairs:
             if not text.strip() or unknown in labels(text):
                 raise ValueError(f"phrases: {text!r} is empty or has something the model has no token for.")
@@ -302,6 +326,50 @@ class BatchedSpeech2Text:
 def _places(hypothesis: Hypothesis) -> Sequence[float]:
     """Where the frame of each label begins, in encoder frames of the whole utterance."""
     return hypothesis.places if isinstance(hypothesis, StreamedHypothesis) else hypothesis.frames
+
+
+def _floats(given: np.ndarray | Tensor, name: str) -> Tensor:
+    if isinstance(given, Tensor):
+        kind = "f" if given.is_floating_point() else "i" if "int" in str(given.dtype) else "?"
+    else:
+        kind = given.dtype.kind
+    if kind != "f":
+        hint = ": scale integers to -1 .. 1 (16 bits: divide by 32768)" if kind in "iu" else ""
+        raise ValueError(f"{name} must hold floating-point numbers; got {given.dtype}{hint}.")
+    if isinstance(given, Tensor):
+        return given
+    # torch takes neither negative strides nor another machine's byte order nor more than 64 bits
+    return torch.from_numpy(np.ascontiguousarray(given, np.float64 if given.itemsize > 4 else np.float32))
+
+
+def _takes_one_channel(frontend: nn.Module | None) -> bool:
+    enhancing = getattr(frontend, "frontend", None)
+    return type(frontend) is DefaultFrontend and not (
+        enhancing is not None and (enhancing.use_wpe or enhancing.use_beamformer)
+    )
+
+
+def _check_weights_are_of(model: nn.Module, args: Any, config: Path, weights: Path) -> None:
+    """ESPnet loads what fits and says nothing of the rest: what another model's file leaves out would be random."""
+    given = torch.load(weights, map_location="cpu", weights_only=False)
+    given = given.get("module", given)  # a DeepSpeed checkpoint, as ESPnet takes it
+    # loading says what differs where modules take other names too, which a comparison of the names would not
+    missing, unexpected = model.load_state_dict(given, strict=False)
+    # where only what was trained is saved, the rest comes with the parts of the model that were there before
+    partly = getattr(args, "use_adapter", False) or getattr(args, "save_strategy", "all") != "all"
+    if partly and len(missing) < len(model.state_dict()):
+        missing = []
+    if not missing and not unexpected:
+        return
+    differing = [
+        f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    raise ValueError(
+        f"asr_model_file: {weights} does not hold the weights of the model of {config}: {'; '.join(differing)}. Give "
+        f"the config.yaml of its training, and weights alone, as valid.loss.ave.pth (checkpoint.pth holds more)."
+    )
 
 
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:

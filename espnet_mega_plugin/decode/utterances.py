@@ -31,7 +31,7 @@ class Reader:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no triple, or more than one, is named speech; a file has no utterances.
+        ValueError: no triple, or more than one, is named speech; a file has no utterances or is no list of them.
     """
 
     def __init__(self, data: Sequence[tuple[str, str, str]], args: argparse.Namespace, others: bool = False):
@@ -45,20 +45,34 @@ class Reader:
             self._data = ESPnetDataset(
                 [(path, name, kind)], preprocess=ASRTransducerTask.build_preprocess_fn(args, False)
             )
-        except RuntimeError as error:
-            raise ValueError(f"data_path_and_name_and_type: {path},{name},{kind}: {error}.") from error
+        except Exception as error:  # whatever ESPnet's readers raise for a broken list
+            raise ValueError(f"data_path_and_name_and_type: {path},{name},{kind}: {_trouble(path, error)}.") from error
         self.keys = [str(key) for key in self._data]
 
     def __call__(self, key: str) -> Utterance:
         try:
             speech = self._data[key][1]["speech"]
+            if np.ndim(speech) not in (1, 2):
+                return Utterance(key, None, f"has shape {np.shape(speech)}, not (samples,) or (frames, size)")
+            if not len(speech):
+                return Utterance(key, None, "is empty")
+            if not np.isfinite(speech).all():
+                return Utterance(key, None, "holds NaN or infinite numbers")
         except Exception as error:  # whatever a reader raises for a broken file: the others are to be decoded
             return Utterance(key, None, f"cannot be read: {type(error).__name__}: {error}")
-        if not len(speech):
-            return Utterance(key, None, "is empty")
-        if not np.isfinite(speech).all():
-            return Utterance(key, None, "holds NaN or infinite numbers")
         return Utterance(key, speech)
+
+
+def _trouble(path: str, error: Exception) -> str:
+    """Why a list cannot be read, in words where the reader's own do not tell."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"expected text in UTF-8: {error}"
+    if isinstance(error, ValueError):  # of splitting a line in two
+        lines = Path(path).read_bytes().split(b"\n")[:-1]
+        empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+        if empty is not None:
+            return f"line {empty} is empty; remove it"
+    return str(error) if isinstance(error, (RuntimeError, ValueError)) else f"{type(error).__name__}: {error}"
 
 
 def pools(read: Reader, keys: Sequence[str], size: int, threads: int) -> Iterator[list[Utterance]]:

@@ -7,6 +7,7 @@ different lengths are never padded to one another. R new prefixes, V tokens, L l
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def load_language_model(
     model_file: str | Path,
     device: str = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    token_list: Sequence[str] | None = None,
 ) -> nn.Module:
     """A language model trained with ESPnet, ready for `scorer_of_lm`.
 
@@ -58,10 +60,12 @@ def load_language_model(
         model_file: its checkpoint, as `valid.loss.ave.pth`.
         device: as `cpu` or `cuda:0`.
         dtype: torch.float32 or "float32", for instance.
+        token_list: tokens of the model whose labels it is to score; None: they are not compared.
 
     Raises:
         FileNotFoundError: one of the files is not there.
-        ValueError: there is no such dtype, or the checkpoint's weights are not those of the configuration's model.
+        ValueError: there is no such dtype, the configuration is no language model's or has other tokens, or the
+            checkpoint's weights are not those of the configuration's model.
     """
     model_file = Path(model_file)
     config_file = model_file.parent / "config.yaml" if config_file is None else Path(config_file)
@@ -71,8 +75,9 @@ def load_language_model(
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ValueError(f"dtype must be a torch dtype such as float32, bfloat16 or float16; got {dtype!r}.")
+    _check_is_of_a_language_model(config_file)
     task = importlib.import_module("espnet2.tasks.lm").LMTask  # the search itself does without ESPnet
-    model, _ = task.build_model_from_file(config_file, model_file, device)
+    model, args = task.build_model_from_file(config_file, model_file, device)
     # ESPnet loads with strict=False: weights of another model would leave random ones
     given = torch.load(model_file, map_location="cpu", weights_only=False).keys()
     differing = sorted(given ^ model.state_dict().keys())
@@ -81,6 +86,8 @@ def load_language_model(
             f"{model_file} does not hold the weights of the language model of {config_file}; in one of them alone: "
             f"{', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}. Give the config.yaml of its training."
         )
+    if token_list is not None:
+        _check_tokens(config_file, args.token_list, token_list)
     return model.lm.to(wanted).eval()
 
 
@@ -167,6 +174,29 @@ def _check_vocabulary(lm: nn.Module, has: int, vocab_size: int) -> None:
             f"the language model ({type(lm).__name__}) has {has} tokens, the decoder {vocab_size}. Both must be "
             f"trained on the same token list."
         )
+
+
+def _check_is_of_a_language_model(config_file: Path) -> None:
+    config = importlib.import_module("yaml").safe_load(config_file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict) or "lm" not in config:
+        raise ValueError(
+            f"config_file of the language model: {config_file} has no key lm, so it is not the config.yaml of a "
+            f"language model's training. Name that one; without a name it is looked for beside the checkpoint."
+        )
+
+
+def _check_tokens(config_file: Path, has: Sequence[str], wanted: Sequence[str]) -> None:
+    has, wanted = list(has), list(wanted)
+    if has == wanted:
+        return
+    if len(has) != len(wanted):
+        differ = f"{len(has)} tokens, the decoder {len(wanted)}"
+    else:
+        place = next(i for i, (one, other) in enumerate(zip(has, wanted, strict=True)) if one != other)
+        differ = f"{has[place]!r} as token {place}, the decoder {wanted[place]!r}"
+    raise ValueError(
+        f"the language model of {config_file} has {differ}. Both must be trained on the same token list, in one order."
+    )
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
@@ -65,11 +66,15 @@ class Fusion:
     The scorer may have `largest`, the most a label can be given (0, as for log-probabilities, if it has not),
     `final(utterance, leaf)`, added once where the utterance ends ((R,), (R,) -> (R,)), and `fresh()`, which gives the
     same scorer with nothing remembered: each search has one of its own. Without it the scorer is copied whole.
-    A weight below 0 takes a score away; mAES then leaves no label out by its bound and takes longer.
+    A weight below 0 takes a score away; mAES then leaves no label out by its bound and takes longer. TypeError,
+    ValueError: it is no finite number.
     """
 
     scorer: LabelScorer
     weight: float = 1.0
+
+    def __post_init__(self):
+        check_weight("weight", self.weight)
 
     @property
     def largest(self) -> float:
@@ -81,6 +86,17 @@ class Fusion:
         """The same for one search, which nothing else uses."""
         fresh = getattr(self.scorer, "fresh", None)
         return Fusion(copy.deepcopy(self.scorer) if fresh is None else fresh(), self.weight)
+
+
+def check_weight(name: str, weight: float) -> None:
+    """
+    Raises:
+        TypeError, ValueError: it is no finite number.
+    """
+    if not isinstance(weight, Real):
+        raise TypeError(f"{name} must be a number; got {weight!r}.")
+    if not math.isfinite(weight):
+        raise ValueError(f"{name} must be finite, as 0.5; got {weight!r}.")
 
 
 def all_fusions(fusion: Fusion | Sequence[Fusion] | None) -> tuple[Fusion, ...]:

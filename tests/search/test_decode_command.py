@@ -316,19 +316,22 @@ def test_the_command_writes_espnets_files_in_the_order_of_the_list(folder, model
 
 
 def test_two_processes_give_the_same_files(folder, model, scp):
-    data = ["--data_path_and_name_and_type", f"{scp},speech,sound", "--beam_size", "4", "--nbest", "2"]
+    (folder / "six.scp").write_text(f"{scp.read_text()}gone {folder / 'gone.wav'}\n")
+    data = ["--data_path_and_name_and_type", f"{folder / 'six.scp'},speech,sound", "--beam_size", "4", "--nbest", "2"]
     command = ["-m", "espnet_mega_plugin", "decode", *options_of(model), *data, "--num_processes", "2"]
     process = start(*command, "--output_dir", str(folder / "split"), cwd=folder)
-    _, alone = run(folder, model, scp, "alone", "--nbest", "2")
+    _, alone = run(folder, model, folder / "six.scp", "alone", "--nbest", "2")
     out, err = finish(process)
-    assert out == "" and "5/5" in err and "RTF" in err
+    assert out == "" and "6/6" in err and "RTF" in err
+    assert "WARNING: Utterance gone is skipped: it cannot be read" in err
+    assert "\n6 utterances, 3.2 s of audio in " in err and err.endswith("; 1 skipped\n")
     files = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
-    assert len(files) == 14
+    assert len(files) == 15
     for file in files:
         found, wanted = (folder / "split" / file).read_text(), (alone / file).read_text()
         if file.name != "score":
             assert found == wanted
-    assert {path.name for path in (folder / "split").iterdir()} == {"1best_recog", "2best_recog", "logdir"}
+    assert {path.name for path in (folder / "split").iterdir()} == {"1best_recog", "2best_recog", "logdir", "skipped"}
 
 
 def test_bad_utterances_are_named_and_skipped(folder, model, scp, tmp_path, caplog):
@@ -349,7 +352,42 @@ def test_bad_utterances_are_named_and_skipped(folder, model, scp, tmp_path, capl
     assert "cannot be read" in skipped["text"] and skipped["empty"] == "is empty" and "NaN" in skipped["nan"]
     assert sum("is skipped" in record.getMessage() for record in caplog.records) == 4
     (tmp_path / "bad.scp").write_text("\n".join(bad) + "\n")
-    assert run(tmp_path, model, tmp_path / "bad.scp", "bad")[0] == 1
+    assert run(tmp_path, model, tmp_path / "bad.scp", "bad")[0] == 3
+
+
+def test_arrays_that_are_no_waveforms_are_named_and_skipped(folder, model, tmp_path, caplog):
+    arrays = {
+        "good": waves()[0],
+        "scalar": np.float32(1),
+        "cube": np.ones((2, 3, 4), np.float32),
+        "text": np.array("a"),
+    }
+    with (tmp_path / "npy.scp").open("w") as scp:
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+            scp.write(f"{name} {tmp_path / name}.npy\n")
+    more = ("--data_path_and_name_and_type", f"{tmp_path / 'npy.scp'},speech,npy")
+    assert main([*options_of(model), *more, "--output_dir", str(tmp_path / "out"), "--progress", "none"]) == 0
+    assert list(table(tmp_path / "out" / "1best_recog" / "text")) == ["good"]
+    skipped = table(tmp_path / "out" / "skipped")
+    assert list(skipped) == ["scalar", "cube", "text"]
+    assert skipped["cube"] == "has shape (2, 3, 4), not (samples,) or (frames, size)"
+
+
+def test_scores_that_are_not_numbers_are_told(folder, model, scp, caplog):
+    weights = torch.load(model["asr_model_file"])
+    weights["joint_network.lin_out.bias"].fill_(math.nan)
+    torch.save(weights, folder / "nan.pth")
+    assert run(folder, model, scp, "nan", "--asr_model_file", str(folder / "nan.pth"))[0] == 0
+    reason = "cannot be decoded: the model's scores are not numbers"
+    assert list(table(folder / "nan" / "skipped").values()) == 4 * [reason]  # no scores were asked for the short one
+    assert any(record.getMessage().endswith(f" is skipped: it {reason}") for record in caplog.records)
+
+
+def test_a_mistake_in_decoding_is_shown(folder, model, scp, monkeypatch):
+    monkeypatch.setattr(BatchedSpeech2Text, "__call__", lambda self, waveforms, on_partial: None + 1)
+    with pytest.raises(TypeError, match="NoneType"):
+        run(folder, model, scp, "mistake")
 
 
 def test_a_batch_that_fails_is_taken_apart(model, monkeypatch):
@@ -412,6 +450,15 @@ def test_options_mean_what_they_say(arguments, expected, tmp_path):
     assert options["data_path_and_name_and_type"] == [("a", "speech", "sound")]
 
 
+def test_data_on_the_command_line_take_the_place_of_the_yamls(tmp_path):
+    (tmp_path / "decode.yaml").write_text("data_path_and_name_and_type: ['a,speech,sound', [b, text, text]]\n")
+    given = ["--config", str(tmp_path / "decode.yaml"), "--asr_model_file", "m.pth", "--output_dir", "out"]
+    assert parsed(given).data_path_and_name_and_type == [("a", "speech", "sound"), ("b", "text", "text")]
+    name = "--data_path_and_name_and_type"
+    options = parsed([*given, name, "c,speech,sound", name, "d,text,text"])
+    assert options.data_path_and_name_and_type == [("c", "speech", "sound"), ("d", "text", "text")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -426,13 +473,20 @@ def test_options_mean_what_they_say(arguments, expected, tmp_path):
         (["--config", "CONFIG"], "unknown key 'beam_sise'; did you mean beam_size?"),
         (["--config", "BROKEN"], "beam_size: 5.5 is no value for it"),
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: No such file"),
+        (["--config", "LATIN"], "LATIN: expected text in UTF-8"),
+        (["--config", "DATA"], "DATA: data_path_and_name_and_type: expected FILE,NAME,TYPE such as wav.scp,speech,sound; got 'wav.scp'"),
+        (["--config", "NUMBER"], "NUMBER: data_path_and_name_and_type: expected FILE,NAME,TYPE"),
+        (["--decoding_window", "0"], "--decoding_window 0: expected 1 or more"),
     ],
-)
+)  # fmt: skip
 def test_wrong_options_are_refused_at_the_door(arguments, message, tmp_path, capsys):
     (tmp_path / "CONFIG").write_text("beam_sise: 5\n")
     (tmp_path / "BROKEN").write_text("beam_size: 5.5\n")
+    (tmp_path / "LATIN").write_bytes(b"output_dir: \xff\n")
+    (tmp_path / "DATA").write_text("data_path_and_name_and_type: [wav.scp]\n")
+    (tmp_path / "NUMBER").write_text("data_path_and_name_and_type: [5]\n")
     needed = ["--output_dir", "o", "--asr_model_file", "m", "--data_path_and_name_and_type", "a,speech,sound"]
-    given = [str(tmp_path / word) if word in ("CONFIG", "BROKEN") else word for word in arguments]
+    given = [str(tmp_path / word) if word.isupper() else word for word in arguments]
     with pytest.raises(SystemExit) as left:
         parsed([*(needed if arguments and arguments[0] not in ("--output_dir", "--model_tag") else []), *given])
     assert left.value.code == 2
@@ -442,12 +496,18 @@ def test_wrong_options_are_refused_at_the_door(arguments, message, tmp_path, cap
 def test_wrong_files_are_refused_at_the_door(folder, model, scp, tmp_path, capsys):
     (tmp_path / "keys").write_text("nobody\n")
     (tmp_path / "empty.scp").write_text("")
+    (tmp_path / "list.yaml").write_text("- a list\n")
+    (tmp_path / "some.yaml").write_text("token_list: [a]\n")
     for more, message in (
         (["--asr_model_file", "no.pth"], "asr_model_file: there is no file no.pth"),
+        (["--asr_model_file", str(scp)], f"asr_model_file {scp}: UnpicklingError: "),
+        (["--asr_train_config", str(tmp_path / "empty.scp")], f"asr_train_config: {tmp_path / 'empty.scp'} has no `name: value` lines"),
+        (["--asr_train_config", str(tmp_path / "list.yaml")], f"asr_train_config: {tmp_path / 'list.yaml'} has no `name: value` lines"),
+        (["--asr_train_config", str(tmp_path / "some.yaml")], f"while loading asr_train_config {tmp_path / 'some.yaml'}, asr_model_file "),
         (["--key_file", str(tmp_path / "keys")], "names 1 utterances the data has not, as 'nobody'"),
         (["--data_path_and_name_and_type", f"{scp},text,text"], "expected one entry FILE,speech,TYPE"),
         (["--ngpu", "1"], "torch sees no GPU here"),
-    ):
+    ):  # fmt: skip
         if more[0] == "--ngpu" and torch.cuda.is_available():
             continue
         with pytest.raises(SystemExit) as left:
@@ -459,6 +519,29 @@ def test_wrong_files_are_refused_at_the_door(folder, model, scp, tmp_path, capsy
     with pytest.raises(SystemExit):
         run(tmp_path, model, tmp_path / "gone.scp", "refused", "--num_processes", "2")
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_lists_that_are_no_lists_are_refused(folder, model, tmp_path, capsys):
+    (tmp_path / "latin.scp").write_bytes(b"\xff a.wav\n")
+    (tmp_path / "gap.scp").write_text("a a.wav\n \nb b.wav\n")
+    for name, number, message in (
+        ("latin.scp", "1", f"{tmp_path / 'latin.scp'},speech,sound: expected text in UTF-8"),
+        ("latin.scp", "2", f"{tmp_path / 'latin.scp'}: expected text in UTF-8"),
+        ("gap.scp", "1", f"{tmp_path / 'gap.scp'},speech,sound: line 2 is empty; remove it."),
+    ):
+        with pytest.raises(SystemExit) as left:
+            run(tmp_path, model, tmp_path / name, "refused", "--num_processes", number)
+        assert left.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_process_that_cannot_load_the_model_tells_why(model, scp, tmp_path, capsys):
+    (tmp_path / "keys").write_text(scp.read_text().splitlines()[0])
+    with pytest.raises(SystemExit) as left:
+        more = ("--num_processes", "2", "--key_file", str(tmp_path / "keys"), "--asr_model_file", str(scp))
+        run(tmp_path, model, scp, "refused", *more)
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert "process 1 ended with status 2" in said and f"asr_model_file {scp}: UnpicklingError" in said
 
 
 def test_help_needs_neither_torch_nor_espnet(tmp_path):
