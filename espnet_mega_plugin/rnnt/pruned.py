@@ -113,10 +113,11 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
         )
     if isinstance(s_range, bool) or not isinstance(s_range, int) or s_range < 1:
         raise ValueError(f"s_range must be an int from 1 up; got {s_range!r}.")
-    boundary = _boundary(boundary, B, S, T)
-    lengths = boundary[:, 2:]  # the number of rows waits for them, wherever they are
-    if ((lengths < 0) | (lengths > lengths.new_tensor([S, T]))).any():
-        raise ValueError(f"boundary must hold 0 to S = {S} labels and 0 to T = {T} frames; got {lengths.tolist()}.")
+    given, boundary = boundary, _boundary(boundary, B, S, T)
+    if given is not None and given.device.type == "cpu":
+        lengths = given[:, 2:]
+        if ((lengths < 0) | (lengths > torch.tensor([S, T]))).any():
+            raise ValueError(f"boundary must hold 0 to S = {S} labels and 0 to T = {T} frames; got {lengths.tolist()}.")
     R = min(max(s_range, _fewest_rows(boundary)), S1)
     labels, frames = arguments.moved(boundary, py_grad.device)[:, 2:].split(1, 1)
     # posterior of the R rows' blanks, less what enters their first row within the frame

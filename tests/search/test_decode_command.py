@@ -500,7 +500,7 @@ def test_wrong_files_are_refused_at_the_door(folder, model, scp, tmp_path, capsy
     (tmp_path / "some.yaml").write_text("token_list: [a]\n")
     for more, message in (
         (["--asr_model_file", "no.pth"], "asr_model_file: there is no file no.pth"),
-        (["--asr_model_file", str(scp)], f"asr_model_file {scp}: UnpicklingError: "),
+        (["--asr_model_file", str(scp)], f"asr_model_file {scp}: "),
         (["--asr_train_config", str(tmp_path / "empty.scp")], f"asr_train_config: {tmp_path / 'empty.scp'} has no `name: value` lines"),
         (["--asr_train_config", str(tmp_path / "list.yaml")], f"asr_train_config: {tmp_path / 'list.yaml'} has no `name: value` lines"),
         (["--asr_train_config", str(tmp_path / "some.yaml")], f"while loading asr_train_config {tmp_path / 'some.yaml'}, asr_model_file "),
@@ -541,7 +541,7 @@ def test_a_process_that_cannot_load_the_model_tells_why(model, scp, tmp_path, ca
         run(tmp_path, model, scp, "refused", *more)
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert "process 1 ended with status 2" in said and f"asr_model_file {scp}: UnpicklingError" in said
+    assert "process 1 ended with status 2" in said and f"asr_model_file {scp}: " in said
 
 
 def test_help_needs_neither_torch_nor_espnet(tmp_path):
