@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, requires
 
 from espnet_mega_plugin import __version__
 from espnet_mega_plugin.attach import (
@@ -127,7 +127,23 @@ def _look_at_packages(report: Report) -> None:
         report.versions[package] = version_of(package)
         error = _attempt(module)
         if error is not None:
-            report.error(f"{package} cannot be imported ({_say(error)}): {loses}.", f"pip install {package}")
+            report.error(f"{package} cannot be imported ({_say(error)}): {loses}.", _how_to_install(package))
+
+
+def _how_to_install(package: str) -> str:
+    """The command, for the versions this plugin asks for here; one that is there and broken is installed anew."""
+    again = "--force-reinstall --no-deps " if version_of(package) else ""
+    wanted = package
+    # without the plugin's metadata (run from a checkout) or the reader of it, any version
+    with contextlib.suppress(ImportError):
+        from packaging.requirements import Requirement
+
+        for requirement in map(Requirement, requires("espnet-mega-plugin") or ()):
+            if requirement.name == package and (
+                requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            ):
+                wanted = f"{package}{requirement.specifier}"
+    return f"pip install {again}{wanted if wanted == package else repr(wanted)}"
 
 
 def _look_at_espnet3(report: Report) -> None:
@@ -152,7 +168,9 @@ def _look_at_decoder(report: Report) -> None:
         error = _attempt(name)
         if error is not None:
             report.decoder[line] = {"error": _say(error)}
-            report.error(f"{name} cannot be imported ({_say(error)}).", f"pip install {_package_of(error)}")
+            again = getattr(error, "name", None) is None and not report.ok  # most likely it is the same again
+            mend = "what the errors above say" if again else _how_to_install(_package_of(error))
+            report.error(f"{name} cannot be imported ({_say(error)}).", mend)
             continue
         classes = sys.modules[name].decoder_choices.classes
         found = {key: f"{classes[key].__module__}.{classes[key].__qualname__}" for key in classes if "mega" in key}
