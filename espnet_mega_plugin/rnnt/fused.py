@@ -186,7 +186,7 @@ class _Costs(torch.autograd.Function):
         sign = scale.sign() if scale.device.type != "cpu" or (scale < 0).any() else None
         rows = _Rows(
             cells,
-            wavefront.base_2(scale.abs().log() - offset, pivot, joint.sums),
+            wavefront.exponent(scale.abs().log() - offset, pivot, joint.sums),
             (at_blank * scale).to(joint.sums),
             (at_label * scale).to(joint.sums),
             next_label,
@@ -205,7 +205,7 @@ class _Rows(NamedTuple):
     """What backward knows of each cell before it computes its logits."""
 
     cells: Tensor  # (R,) places in (B, T, U+1)
-    shift: Tensor  # (R,) gradient to a logit = 2 ** (log2(e) (logit - pivot) + shift), but for the next two
+    shift: Tensor  # (R,) `wavefront.exponent`: gradient to a logit, but for the next two
     at_blank: Tensor  # (R,) gradient to the blank's logit
     at_label: Tensor  # (R,) gradient to the next label's logit
     next_label: Tensor  # (R,) the blank where there is none

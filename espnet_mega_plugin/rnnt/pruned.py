@@ -235,7 +235,7 @@ class _LogProbs(torch.autograd.Function):
         share = -(by_blank + by_label)  # what p_k is weighed by
         kept = share != 0  # nothing else is read
         pivot = wavefront.pivots(lse.masked_fill(~kept, 0.0), dtype)
-        shift = wavefront.base_2(share.abs().log() - lse, pivot, dtype).masked_fill_(~kept, -torch.inf)
+        shift = wavefront.exponent(share.abs().log() - lse, pivot, dtype).masked_fill_(~kept, -torch.inf)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if wavefront.lengths_are_free(logits):
             wavefront.exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits), pivot)

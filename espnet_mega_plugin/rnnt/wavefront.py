@@ -12,8 +12,11 @@ zeros and are not read. The gradient takes the place of the logits where nobody 
 B utterances, T frames, U labels, V classes; a row is the V logits of one cell. Offsets are torch's, 64 bits wide.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +25,53 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from espnet_mega_plugin.rnnt.topologies import shares
 
 # On the CPU a tile is written and read several times over; each thread's share of it has to stay in a core's cache.
-CPU_TILE_BYTES = 1 << 20
+CPU_TILE_BYTES = 1 << 19
 # On other devices a tile has to fill the device, and what is made of it has to stay small beside the logits.
 DEVICE_TILE_BYTES = 1 << 26
 
-LOG2E = {torch.float32: torch.tensor(math.log2(math.e)).item(), torch.float64: math.log2(math.e)}  # as these types
 # Posteriors too small to change a gradient of these types by more than their rounding does (float32: the error against
 # float64 is the same for 1e-8 to 1e-30; tests/rnnt/test_loss_laws.py).
 THRESHOLD = {torch.float32: 1e-9, torch.float64: 1e-18}
 
+# Logits up to this are far from what overflows or vanishes in a float32 sum of exponentials
+SMALL = 40.0
 # A shift as large as a row's log-sum-exp is rounded, and its exponential with it: float32, 16 to 32: by 7e-7 at most
 LARGE = {torch.float32: 16.0, torch.float64: 1e6}
 
 Tile = tuple[slice, slice, slice]  # utterances, frames, rows
+
+
+class Base(NamedTuple):
+    """A base for the exponentials: exp(x) = base ** (per_nat x)."""
+
+    per_nat: dict[torch.dtype, float]  # as these types have it
+    power_: Callable[[Tensor], Tensor]  # base ** x, in place
+    log_: Callable[[Tensor], Tensor]
+
+
+TWO = Base(
+    {torch.float32: torch.tensor(math.log2(math.e)).item(), torch.float64: math.log2(math.e)},
+    torch.Tensor.exp2_,
+    torch.Tensor.log2_,
+)
+E = Base({torch.float32: 1.0, torch.float64: 1.0}, torch.Tensor.exp_, torch.Tensor.log_)
+
+
+@functools.cache
+def base(device: str) -> Base:
+    """The one whose power is quicker. torch's exp is MKL's, which is made for Intel's processors; its exp2 is SLEEF's.
+
+    ns a number, exp and exp2: AMD EPYC 0.82, 0.28; Intel Xeon (AVX-512) 0.17, 0.24 (torch 2.12, one thread). With
+    either, a factor and a shift cost one pass, as the product and the sum are one rounded instruction.
+    """
+    return E if device == "cpu" and torch.backends.mkl.is_available() and _is_intels() else TWO
+
+
+def _is_intels() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def costs(
@@ -127,7 +164,7 @@ class _Costs(torch.autograd.Function):
         dtype = accumulator(logits.dtype)
         scale = grad_costs.double()[:, None, None]
         kept = offset != torch.inf
-        shift = base_2(scale.abs().log() - offset, pivot, dtype).masked_fill_(~kept, -torch.inf)
+        shift = exponent(scale.abs().log() - offset, pivot, dtype).masked_fill_(~kept, -torch.inf)
         if lengths_are_free(logits):
             exp_on_bands(grad, logits, shift, kept, grad_costs.tolist(), pivot)
         else:
@@ -182,19 +219,29 @@ def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_len
             lse[tile] = _shifted_logsumexp(logits[tile].to(near.dtype))
         return lse
 
-    # The guess saves the pass that looks for a row's maximum; rows it does not suit are done again.
-    shift = near.masked_fill(~(near.abs() < 1e4), 0.0).mul_(-LOG2E[near.dtype])
+    # The guess saves the pass that looks for a row's maximum, and where all are small there is nothing to take off.
+    # Rows it does not suit are done again: those that overflow, and those whose exponent had to be rounded much.
+    power = base(logits.device.type)
+    outside = _outside(near, frame_lengths, label_lengths)
+    small = ((near.abs() < SMALL) | outside).flatten(1).all(1, keepdim=True)[..., None] & (power is E)  # (B, 1, 1)
+    shift = near.masked_fill(~(near.abs() < 1e4) | small, 0.0).mul_(-power.per_nat[near.dtype])
+    nothing_off = small.flatten().tolist()
     sums = torch.ones_like(near)
     buffer = near.new_empty(0)
-    for tile in _tiles_within(logits, frame_lengths.tolist(), label_lengths.tolist()):
-        part = logits[tile]
+    for b, (part, off, out) in _parts((logits, shift, sums), frame_lengths.tolist(), label_lengths.tolist()):
         if part.numel() > buffer.numel():
             buffer = near.new_empty(part.numel())
         exps = buffer[: part.numel()].view(part.shape)
-        _exp(exps, part, shift[tile])
-        torch.sum(exps, -1, out=sums[tile])
-    unsuited = ~((sums > 1e-25) & (sums < 1e30))
-    lse = sums.double().log2_().sub_(shift).div_(LOG2E[near.dtype])
+        if not nothing_off[b]:
+            _exp(exps, part, off)
+        elif part.dtype == exps.dtype:
+            torch.exp(part, out=exps)
+        else:
+            exps.copy_(part).exp_()
+        torch.sum(exps, -1, out=out)
+    most = torch.where(small, 1e30, math.exp(LARGE[torch.float32]))
+    unsuited = ~((sums > 1e-25) & (sums < most))
+    lse = power.log_(sums.double()).sub_(shift).div_(power.per_nat[near.dtype])
     if unsuited.any():
         for cells in unsuited.nonzero().split(_rows_of_a_tile(logits)):
             cells = cells.unbind(1)
@@ -213,22 +260,20 @@ def pivots(lse: Tensor, dtype: torch.dtype) -> Tensor | None:
     return None if lengths_are_free(pivot) and not pivot.any() else pivot
 
 
-def base_2(shift: Tensor, pivot: Tensor | None, dtype: torch.dtype) -> Tensor:
+def exponent(shift: Tensor, pivot: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What `_exp` takes for exp(logits + shift) once the pivot is off. shift: float64, infinities stay"""
-    return ((shift if pivot is None else shift + pivot) * LOG2E[dtype]).to(dtype)
+    per_nat = base(shift.device.type).per_nat[dtype]
+    return ((shift if pivot is None else shift + pivot) * per_nat).to(dtype)
 
 
 def _exp(out: Tensor, logits: Tensor, shift: Tensor, pivot: Tensor | None = None) -> None:
-    """out = 2 ** ((logits - pivot) * log2(e) + shift), shift and pivot a number for each row.
-
-    With the base 2 the shift costs nothing, as the product and the sum are one rounded instruction, and torch's exp2
-    takes a third of the time of its exp (0.28 against 0.82 ns a number; AMD EPYC, torch 2.12, one thread).
-    """
+    """out = base ** ((logits - pivot) * per_nat + shift), shift and pivot a number for each row."""
     if logits.dtype != out.dtype:
         logits = out.copy_(logits)
     if pivot is not None:
         logits = torch.sub(logits, pivot[..., None], out=out)
-    torch.add(shift[..., None], logits, alpha=LOG2E[out.dtype], out=out).exp2_()
+    power = base(out.device.type)
+    power.power_(torch.add(shift[..., None], logits, alpha=power.per_nat[out.dtype], out=out))
 
 
 def without_subnormals(entries: Tensor) -> Tensor:
@@ -272,15 +317,24 @@ def _rows_of_a_tile(logits: Tensor) -> int:
     return max(1, CPU_TILE_BYTES * torch.get_num_threads() // size)
 
 
-def _tiles_within(logits: Tensor, frame_lengths: list[int], label_lengths: list[int]) -> Iterator[Tile]:
-    """Tiles that hold every row within the lengths and none outside."""
-    most = _rows_of_a_tile(logits)
+def _outside(plane: Tensor, frame_lengths: Tensor, label_lengths: Tensor) -> Tensor:
+    """Which cells lie outside the lengths. (B, T, U+1) bool"""
+    t, u = (torch.arange(n, device=plane.device) for n in plane.shape[1:3])
+    return (t[:, None] >= frame_lengths[:, None, None]) | (u > label_lengths[:, None, None])
+
+
+def _parts(
+    planes: tuple[Tensor, ...], frame_lengths: list[int], label_lengths: list[int]
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """An utterance and the same part of each plane, the logits first; in all every row within the lengths, no other."""
+    most = _rows_of_a_tile(planes[0])
     for b, (T, U) in enumerate(zip(frame_lengths, label_lengths, strict=True)):
-        rows = min(U + 1, most)
-        frames = most // rows
-        for t in range(0, T, frames):
-            for u in range(0, U + 1, rows):
-                yield slice(b, b + 1), slice(t, min(t + frames, T)), slice(u, min(u + rows, U + 1))
+        of_frames = (plane[b, :T, : U + 1].split(max(1, most // (U + 1))) for plane in planes)
+        for parts in zip(*of_frames, strict=True):
+            if U + 1 <= most:
+                yield b, parts
+            else:
+                yield from ((b, rows) for rows in zip(*(part.split(most, 1) for part in parts), strict=True))
 
 
 def _tiles_of_bands(logits: Tensor, kept: Tensor) -> Iterator[Tile]:
