@@ -11,7 +11,7 @@ trained model. With --exp the model is the checkpoint's and errors are counted i
 method  espnet: ESPnet's BeamSearchTransducer, an utterance after the other; with ESPnet's MEGA class where the decoder
         is MEGA. batch of n: the plugin's search. The n-best lists are compared with ESPnet's before anything is timed.
 rtf     seconds of search in a second of audio (frames of 40 ms)
-errors  edit distance to what was said, of labels or words, %
+errors  edit distance to what was said, of labels or words, %; of the first --alone utterances in every row
 """
 
 import argparse
@@ -66,8 +66,8 @@ def one_by_one(decoder, task: Task, beam: int, options: dict) -> list:
 
 def errors(lists: list, task: Task, words: Callable[[list[int]], list]) -> float:
     """Edit distance of the best hypotheses to what was said, in percent of it."""
-    wrong = sum(distance(words(best[0].yseq[1:]), said) for best, said in zip(lists, task.said, strict=True))
-    return 100 * wrong / max(1, sum(map(len, task.said)))
+    pairs = [(words(best[0].yseq[1:]), said) for best, said in zip(lists, task.said, strict=False)]
+    return 100 * sum(distance(*pair) for pair in pairs) / max(1, sum(len(said) for _, said in pairs))
 
 
 def distance(a: list, b: list) -> int:
@@ -94,12 +94,16 @@ def check(espnet, ours, task: Task, options: dict) -> None:
 
 
 def bench(what: str, beam: int, task: Task, runs: dict[str, tuple[Task, Callable]], words, repeats: int) -> list[dict]:
-    """Rows of several ways to do the same; each way has a task of its own size, its figures are an utterance's."""
+    """Rows of several ways to do the same; each way has a task of its own size, its figures are an utterance's.
+
+    Errors are counted of the utterances that all ways have, or they could not be compared.
+    """
+    common = min(len(own.frames) for own, _ in runs.values())
     rows = []
     for method, (own, run) in runs.items():
         n, frames = len(own.frames), sum(map(len, own.frames))
         try:
-            wrong = errors(run(None), own, words)
+            wrong = errors(run(None)[:common], own, words)
             memory = extra_memory(lambda: None, run)
             times = measure(lambda: None, {method: run}, warmup=0, repeats=repeats)[method]
         except Exception as error:  # a row of its own, by name

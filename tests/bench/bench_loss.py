@@ -6,6 +6,10 @@ space of J channels and an output layer as torch initialises it, where the poste
 narrower, and the fused loss gains more there. FastEmit is off (torchaudio has none). Loops are left out at large
 shapes. A method that fails is listed with its exception.
 
+Beside torchaudio and ESPnet's, warprnnt-numba is measured where it is installed; it is all that pip builds elsewhere
+than on a GPU: fast_rnnt and optimized_transducer fetch sources while they build, warp_rnnt wants CUDA, PyPI's k2
+has no build for this torch, and warp-transducer is on no registry.
+
 Shapes are B,T,U,V, all utterances of equal length, or an4,V: the utterances of a corpus (shapes_an4.txt), padded.
 
 extra_memory_ratio  peak memory beyond what was there before, over the logits' size
@@ -15,6 +19,7 @@ gradient_error      largest relative error of a gradient tensor's norm against f
 """
 
 import argparse
+import importlib.util
 import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,12 +109,19 @@ def espnet_numba_loss(*problem: Tensor) -> Tensor:
     return RNNTLossNumba(blank=0)(*problem)
 
 
+def warprnnt_numba_loss(*problem: Tensor) -> Tensor:
+    from warprnnt_numba import RNNTLossNumba
+
+    return RNNTLossNumba(blank=0)(*problem)
+
+
 LOSSES = {
     "torchaudio": torchaudio_loss,
     **{method: ours(method) for method in METHODS},
     "espnet_numba": espnet_numba_loss,
+    **({"warprnnt_numba": warprnnt_numba_loss} if importlib.util.find_spec("warprnnt_numba") else {}),
 }
-LOOPS = ("reference", "espnet_numba")
+LOOPS = ("reference", "espnet_numba", "warprnnt_numba")
 WITH_JOINT = ("fused", "pruned")  # these begin before the logits
 
 
