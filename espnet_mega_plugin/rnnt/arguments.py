@@ -109,9 +109,9 @@ def options(reduction: str, fastemit_lambda: float, threshold: float | None = No
     """Refuse an unknown reduction or topology, a lambda not finite or below 0, a threshold outside [0, 1)."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduction!r}.")
-    _number("fastemit_lambda", fastemit_lambda, "a finite number from 0 up", math.inf)
+    number("fastemit_lambda", fastemit_lambda)
     if threshold is not None:
-        _number("threshold", threshold, "None or a number from 0 to below 1", 1)
+        number("threshold", threshold, "None or a number from 0 to below 1", 1)
     if topology not in TOPOLOGIES:
         raise ValueError(f"topology must be one of {', '.join(map(repr, TOPOLOGIES))}; got {topology!r}.")
 
@@ -132,7 +132,8 @@ def blank_alone(blank: int) -> None:
         raise ValueError(f"blank must be a class from 0 up, or -1 for the last one; got {blank}.")
 
 
-def _number(name: str, value: float, wanted: str, below: float) -> None:
+def number(name: str, value: float, wanted: str = "a finite number from 0 up", below: float = math.inf) -> None:
+    """Refuse what is no number, or not from 0 to ``below``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}; got {type(value).__name__}.")
     if not 0 <= value < below:

@@ -7,7 +7,7 @@
 
 The first loss belongs to a joint network that merely adds; where its paths go, the second looks at R rows of each frame
 instead of all S+1. Source: Kuang et al. 2022 (arXiv:2206.13236); delay penalty: Kang et al. 2022 (arXiv:2211.00490).
-Sums over classes are float32 (float64 for float64 inputs), the lattice is float64.
+Sums over classes are float32 (float64 for float64 inputs and in the simple loss), the lattice is float64.
 
 k2's letters: B utterances, T frames, S labels (U elsewhere), C classes (V elsewhere), R = s_range rows kept a frame;
 px are scores of labels, py scores of the blank, which k2 calls the termination symbol. ``boundary`` is (B, 4): for each
@@ -15,7 +15,6 @@ utterance 0, 0, its labels, its frames; None stands for 0, 0, S, T. k2 lets path
 lie on the CPU whatever the device of the others; then no function waits for a device.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -46,13 +45,18 @@ def rnnt_loss_smoothed(
     boundary: Tensor | None = None,
     rnnt_type: Type = "regular",
     delay_penalty: float = 0.0,
-    reduction: str | None = "mean",
+    reduction: str = "mean",
     return_grad: bool = False,
+    *,
+    check: bool | None = None,
 ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
     """The loss of a joint network that adds ``lm`` and ``am``; (B, T, S+1, C) is never built.
 
     Its log-probabilities are mixed with those of two simpler models, which keeps them from becoming sharp before
     encoder or decoder have learnt something: one sees ``lm`` alone, one ``am`` and how frequent classes are in ``lm``.
+
+    A cell's sum over classes is one of products of exponentials, in float64 for every type: right down to e**-700 of
+    the product of the largest ones of ``lm`` and ``am``, and cut off there.
 
     Args:
         lm: decoder output as logits. (B, S+1, C), finite in padding, too
@@ -66,6 +70,7 @@ def rnnt_loss_smoothed(
         reduction: "none" gives (B,), "mean" over the utterances and "sum" a number.
         return_grad: also give the posteriors of label and blank arcs, for `get_rnnt_prune_ranges`: px_grad
             (B, S, T+1), or (B, S, T) unless regular, and py_grad (B, S+1, T).
+        check: whether the values of symbols and boundary are checked, as in `rnnt_loss`.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -76,13 +81,11 @@ def rnnt_loss_smoothed(
             f"lm_only_scale and am_only_scale must be from 0 up, 1 at most together; got {lm_only_scale} and "
             f"{am_only_scale}."
         )
-    for name, value in (("lm", lm), ("am", am)):
-        if not isinstance(value, Tensor) or value.dim() != 3:
-            raise ValueError(f"{name} must be a tensor of three dimensions; got {_shape(value)}.")
+    _three_dimensions(lm=lm, am=am)
     (B, T, C), S1 = am.shape, lm.shape[1]
     if lm.shape != (B, S1, C):
         raise ValueError(f"lm must be (B, S+1, C) with B = {B} and C = {C} as in am; got {tuple(lm.shape)}.")
-    given = _problem((B, T, S1, C), am, symbols, boundary, termination_symbol)
+    given = _problem((B, T, S1, C), am, symbols, boundary, termination_symbol, check)
     with torch.autocast(am.device.type, enabled=False):
         dtype = accumulator(torch.promote_types(am.dtype, lm.dtype))
         blank, label = _smoothed_scores(lm.to(dtype), am.to(dtype), given, lm_only_scale, am_only_scale)
@@ -102,9 +105,7 @@ def get_rnnt_prune_ranges(px_grad: Tensor, py_grad: Tensor, boundary: Tensor | N
         boundary: lengths. (B, 4)
         s_range: rows to keep, from 1 up.
     """
-    for name, grad in (("px_grad", px_grad), ("py_grad", py_grad)):
-        if not isinstance(grad, Tensor) or grad.dim() != 3:
-            raise ValueError(f"{name} must be a tensor of 3 dimensions, from return_grad; got {_shape(grad)}.")
+    _three_dimensions(px_grad=px_grad, py_grad=py_grad)
     (B, S, T1), (_, S1, T) = px_grad.shape, py_grad.shape
     if py_grad.shape != (B, S + 1, T) or T1 not in (T, T + 1):
         raise ValueError(
@@ -138,8 +139,9 @@ def do_rnnt_pruning(am: Tensor, lm: Tensor, ranges: Tensor) -> tuple[Tensor, Ten
         lm: decoder output. (B, S+1, C)
         ranges: from `get_rnnt_prune_ranges`. (B, T, R)
     """
+    _three_dimensions(am=am, lm=lm, ranges=ranges)
     (B, T, C), (_, S1, D) = am.shape, lm.shape
-    if ranges.dim() != 3 or ranges.shape[:2] != (B, T) or lm.shape[0] != B:
+    if ranges.shape[:2] != (B, T) or lm.shape[0] != B:
         raise ValueError(
             f"ranges must be (B, T, R) and lm (B, S+1, C) with (B, T) = {(B, T)} as in am; got {tuple(ranges.shape)} "
             f"and {tuple(lm.shape)}."
@@ -159,14 +161,17 @@ def rnnt_loss_pruned(
     boundary: Tensor | None = None,
     rnnt_type: Type = "regular",
     delay_penalty: float = 0.0,
-    reduction: str | None = "mean",
+    reduction: str = "mean",
+    *,
+    check: bool | None = None,
 ) -> Tensor:
     """The loss over the paths that stay within ``ranges``: the standard loss where these hold all rows.
 
     Args:
         logits: of the joint network at the cells in ``ranges``; half types are read directly. (B, T, R, C)
         ranges: from `get_rnnt_prune_ranges`. (B, T, R)
-        symbols, termination_symbol, boundary, rnnt_type, delay_penalty, reduction: as in `rnnt_loss_smoothed`.
+        symbols, termination_symbol, boundary, rnnt_type, delay_penalty, reduction, check: as in `rnnt_loss_smoothed`;
+            those of ranges are checked, too.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -174,11 +179,14 @@ def rnnt_loss_pruned(
     _options(rnnt_type, delay_penalty, reduction)
     if not isinstance(logits, Tensor) or logits.dim() != 4:
         raise ValueError(f"logits must be (B, T, R, C); got {_shape(logits)}.")
-    (B, T, R, C), S = logits.shape, symbols.shape[-1]
+    _three_dimensions(ranges=ranges)
+    if not isinstance(symbols, Tensor) or symbols.dim() != 2:
+        raise ValueError(f"symbols must be (B, S), B = {len(logits)} as in logits; got {_shape(symbols)}.")
+    (B, T, R, C), S = logits.shape, symbols.shape[1]
     if ranges.shape != (B, T, R):
         raise ValueError(f"ranges must be (B, T, R) = {(B, T, R)} as in logits; got {tuple(ranges.shape)}.")
-    _rows_exist(ranges, S + 1)
-    given = _problem((B, T, S + 1, C), logits, symbols, boundary, termination_symbol)
+    _rows_exist(ranges, S + 1, check)
+    given = _problem((B, T, S + 1, C), logits, symbols, boundary, termination_symbol, check)
     symbols = torch.nn.functional.pad(given.labels, (0, 1), value=given.blank)
     next_symbol = symbols[:, None].expand(B, T, S + 1).gather(2, ranges)
     planes = _LogProbs.apply(logits, next_symbol, given.blank, given.frame_lengths)
@@ -191,10 +199,11 @@ def _smoothed_scores(lm: Tensor, am: Tensor, given: arguments.Problem, lm_only: 
     B, T, S1 = *am.shape[:2], lm.shape[1]
     symbols, blank = given.labels, given.blank
     most_am, most_lm = am.detach().amax(2, keepdim=True), lm.detach().amax(2, keepdim=True)
-    exp_am, exp_lm = (am - most_am).exp(), (lm - most_lm).exp()
-    tiny = torch.finfo(am.dtype).tiny
+    # float64: in float32 nothing is left of the sum where every class is far below the maximum of am or of lm
+    exp_am, exp_lm = (am - most_am).double().exp(), (lm - most_lm).double().exp()
+    tiny = torch.finfo(torch.float64).tiny
     both = 1 - lm_only - am_only
-    normaliser = (exp_am @ exp_lm.mT + tiny).log() + most_am + most_lm.mT  # (B, T, S+1)
+    normaliser = (exp_am @ exp_lm.mT + tiny).log().to(am.dtype) + most_am + most_lm.mT  # (B, T, S+1)
     am_label = am.gather(2, symbols[:, None].expand(B, T, S1 - 1))
     lm_label = lm[:, :-1].gather(2, symbols[..., None]).mT  # (B, 1, S)
     am_blank, lm_blank = am[..., blank, None], lm[..., blank][:, None]
@@ -206,9 +215,10 @@ def _smoothed_scores(lm: Tensor, am: Tensor, given: arguments.Problem, lm_only: 
         blank_score = blank_score + lm_only * (lm_blank - total)
     if am_only:
         frequency = (exp_lm / exp_lm.sum(2, keepdim=True)).mean((0, 1)) + tiny  # (C,)
-        total = (exp_am @ frequency).log()[..., None] + most_am  # (B, T, 1)
-        label = label + am_only * (am_label + frequency.log()[symbols][:, None] - total)
-        blank_score = blank_score + am_only * (am_blank + frequency.log()[blank] - total)
+        total = (exp_am @ frequency).log().to(am.dtype)[..., None] + most_am  # (B, T, 1)
+        rarity = frequency.log().to(am.dtype)
+        label = label + am_only * (am_label + rarity[symbols][:, None] - total)
+        blank_score = blank_score + am_only * (am_blank + rarity[blank] - total)
     return blank_score, torch.nn.functional.pad(label, (0, 1), value=-torch.inf)
 
 
@@ -290,32 +300,42 @@ def _lowest_from_here_on(x: Tensor) -> Tensor:
     return x.flip(1).cummin(1).values.flip(1)
 
 
-def _problem(shape, like: Tensor, symbols: Tensor, boundary: Tensor | None, blank: int) -> arguments.Problem:
+def _problem(
+    shape, like: Tensor, symbols: Tensor, boundary: Tensor | None, blank: int, check: bool | None
+) -> arguments.Problem:
     B, T, S1, _ = shape
-    boundary = _boundary(boundary, B, S1 - 1, T)
+    boundary = _boundary(boundary, B, S1 - 1, T, check)
     logits = arguments.unbuilt(shape, like)
-    given = arguments.problem(logits, symbols, boundary[:, 3], boundary[:, 2], blank, None, NAMES)
+    given = arguments.problem(logits, symbols, boundary[:, 3], boundary[:, 2], blank, check, NAMES)
     if given.invalid is None:
         return given
     return given._replace(invalid=given.invalid | (arguments.moved(boundary[:, :2], like.device) != 0).any(1))
 
 
-def _boundary(boundary: Tensor | None, B: int, S: int, T: int) -> Tensor:
+def _boundary(boundary: Tensor | None, B: int, S: int, T: int, check: bool | None = None) -> Tensor:
     if boundary is None:
         return torch.tensor([0, 0, S, T]).expand(B, 4)
     if not isinstance(boundary, Tensor) or boundary.shape != (B, 4):
         raise ValueError(f"boundary must be (B, 4) = {(B, 4)}: 0, 0, labels, frames; got {_shape(boundary)}.")
-    if boundary.device.type == "cpu" and (boundary[:, :2] != 0).any():
+    check = boundary.device.type == "cpu" if check is None else check
+    if check and (boundary[:, :2] != 0).any():
         raise ValueError(
             f"boundary must begin with 0, 0: paths begin in the first cell; got {boundary[:, :2].tolist()}."
         )
     return boundary
 
 
-def _rows_exist(ranges: Tensor, rows: int) -> None:
+def _three_dimensions(**tensors: object) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.dim() != 3:
+            raise ValueError(f"{name} must be a tensor of three dimensions; got {_shape(value)}.")
+
+
+def _rows_exist(ranges: Tensor, rows: int, check: bool | None = None) -> None:
     if ranges.dtype != torch.int64:
         raise TypeError(f"ranges must be int64; got {ranges.dtype}.")
-    if ranges.device.type == "cpu" and ranges.numel() and not 0 <= ranges.min() <= ranges.max() < rows:
+    free = ranges.device.type == "cpu"
+    if (free or check) and ranges.numel() and not 0 <= ranges.min() <= ranges.max() < rows:
         raise ValueError(f"ranges must be from 0 to S = {rows - 1}; got {int(ranges.min())} to {int(ranges.max())}.")
 
 
@@ -323,8 +343,7 @@ def _options(rnnt_type: str, delay_penalty: float, reduction: str) -> None:
     if rnnt_type not in TOPOLOGIES:
         raise ValueError(f"rnnt_type must be one of {', '.join(map(repr, TOPOLOGIES))}; got {rnnt_type!r}.")
     arguments.options(reduction, 0.0)
-    if not 0 <= delay_penalty < math.inf:
-        raise ValueError(f"delay_penalty must be a finite number from 0 up; got {delay_penalty}.")
+    arguments.number("delay_penalty", delay_penalty)
 
 
 def _shape(value: object) -> object:

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_waiting import NoWaiting
 from rnnt_problems import random_problem
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from espnet_mega_plugin.rnnt import (
     do_rnnt_pruning,
@@ -148,6 +150,23 @@ def test_unsmoothed_it_is_the_standard_loss_of_a_sum():
     logits = problem.am[:, :, None] + problem.lm[:, None]
     lengths = problem.boundary[:, 3], problem.boundary[:, 2]
     torch.testing.assert_close(loss, rnnt_loss(logits, problem.symbols, *lengths, reduction="none"), **EXACT)
+
+
+@pytest.mark.parametrize("scales", [(0.0, 0.0), (0.1, 0.2)])
+def test_float32_keeps_classes_far_below_the_best(scales):
+    """lm and am point to other classes, so that every product of their exponentials is below float32's numbers."""
+    problem, found = random_simple(2, 4, 3, 50, seed=11, dtype=torch.float32, spread=60.0), []
+    for dtype in (torch.float32, torch.float64):
+        given = problem._replace(lm=problem.lm.to(dtype).requires_grad_(), am=problem.am.to(dtype).requires_grad_())
+        if dtype == torch.float32:
+            costs = rnnt_loss_smoothed(*given[:4], *scales, given.boundary, reduction="none")
+        else:
+            costs = expected_smoothed(given, *scales, "regular", 0.0)
+        gradients = torch.autograd.grad(costs.sum(), (given.lm, given.am))
+        found.append([x.detach().double() for x in (costs, *gradients)])
+    sums = (problem.am - problem.am.amax(2, True))[:, :, None] + (problem.lm - problem.lm.amax(2, True))[:, None]
+    assert sums.amax(3).min() < -100  # float32 ends at -103
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rnnt_type", TOPOLOGIES)
@@ -450,6 +469,11 @@ PRUNED = dict(
         (dict(rnnt_type="simple"), ValueError, r"rnnt_type must be one of 'regular', 'modified', 'constrained'"),
         (dict(reduction="avg"), ValueError, r"reduction must be one of"),
         (dict(delay_penalty=-1.0), ValueError, r"delay_penalty must be a finite number from 0 up; got -1.0"),
+        (dict(delay_penalty="1"), TypeError, r"delay_penalty must be a finite number from 0 up; got str"),
+        (dict(reduction=None), ValueError, r"reduction must be one of 'none', 'mean', 'sum'; got None"),
+        (dict(symbols=[[1]]), (TypeError, ValueError), r"symbols must be .*; got list"),
+        (dict(symbols=torch.tensor([1, 2])), ValueError, r"symbols must be \(B, [SU]\), B = 2 .*; got \(2,\)"),
+        (dict(boundary=[[0, 0, 3, 5]]), ValueError, r"boundary must be \(B, 4\) .*; got list"),
     ],
 )
 def test_refused_by_both_losses(wrong, error, message):
@@ -472,6 +496,8 @@ def test_refused_by_one():
         (dict(ranges=torch.zeros(2, 5, 3, dtype=torch.int64)), ValueError, r"ranges must be \(B, T, R\) = \(2, 5, 2\)"),
         (dict(ranges=torch.full((2, 5, 2), 4)), ValueError, r"ranges must be from 0 to S = 3; got 4 to 4"),
         (dict(ranges=torch.zeros(2, 5, 2)), TypeError, r"ranges must be int64"),
+        (dict(ranges=None), ValueError, r"ranges must be a tensor of three dimensions; got NoneType"),
+        (dict(logits=None), ValueError, r"logits must be \(B, T, R, C\); got NoneType"),
     ):
         with pytest.raises(error, match=message):
             rnnt_loss_pruned(**{**PRUNED, **wrong})
@@ -482,18 +508,58 @@ def test_refused_by_one():
     with pytest.raises(ValueError, match=r"px_grad must be \(B, S, T \+ 1\)"):
         get_rnnt_prune_ranges(grads[0][..., :4], grads[1], SIMPLE["boundary"], 2)
     for grads_given in ((None, grads[1]), (grads[0], grads[1][0])):
-        with pytest.raises(ValueError, match="p[xy]_grad must be a tensor of 3 dimensions"):
+        with pytest.raises(ValueError, match="p[xy]_grad must be a tensor of three dimensions"):
             get_rnnt_prune_ranges(*grads_given, SIMPLE["boundary"], 2)
     for beyond in ([0, 0, 4, 5], [0, 0, 3, 6], [0, 0, -1, 5]):
         with pytest.raises(ValueError, match="boundary must hold 0 to S = 3 labels and 0 to T = 5 frames"):
             get_rnnt_prune_ranges(*grads, torch.tensor([beyond] * len(SIMPLE["boundary"])), 2)
 
 
-def test_unchecked_utterances_at_fault_are_nan(monkeypatch):
+def test_pruning_refuses():
+    am, lm, ranges = SIMPLE["am"], SIMPLE["lm"], PRUNED["ranges"]
+    for wrong, message in (
+        ((am, lm, None), r"ranges must be a tensor of three dimensions; got NoneType"),
+        ((am, lm, ranges[0]), r"ranges must be a tensor of three dimensions; got \(5, 2\)"),
+        ((am, [0.0], ranges), r"lm must be a tensor of three dimensions; got list"),
+        ((am[0], lm, ranges), r"am must be a tensor of three dimensions; got \(5, 6\)"),
+        ((am, lm, ranges[:, :4]), r"ranges must be \(B, T, R\) .* = \(2, 5\) as in am; got \(2, 4, 2\)"),
+        ((am, lm, ranges + 3), r"ranges must be from 0 to S = 3; got 3 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            do_rnnt_pruning(*wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(symbols=torch.tensor([[1, 2, 3], [4, 9, -1]])), r"symbols\[1, 1\] = 9 is outside"),
+        (dict(boundary=torch.tensor([[0, 0, 3, 5], [0, 0, 4, 3]])), r"boundary\[:, 2\] must be from 0 to 3"),
+        (dict(boundary=torch.tensor([[0, 0, 3, 5], [0, 1, 2, 3]])), r"boundary must begin with 0, 0"),
+    ],
+)
+def test_unchecked_utterances_at_fault_are_nan(wrong, message, monkeypatch):
+    """CPU tensors treated as those of a device that reading from would synchronise."""
     monkeypatch.setattr(pruned.arguments, "_values_are_free", lambda *tensors: False)
-    symbols = torch.tensor([[1, 2, 3], [4, 9, -1]])
-    costs = rnnt_loss_smoothed(**{**SIMPLE, "symbols": symbols}, reduction="none")
-    assert costs.isnan().tolist() == [False, True]
+    for loss, good in ((rnnt_loss_smoothed, SIMPLE), (rnnt_loss_pruned, PRUNED)):
+        arguments = {**good, **wrong}
+        assert loss(**arguments, reduction="none", check=False).isnan().tolist() == [False, True]
+        with pytest.raises(ValueError, match=message):
+            loss(**arguments, check=True)
+
+
+def test_a_check_on_a_device_waits_for_it():
+    """torch's fake CUDA tensors have no values: what asks for one raises, and without a check nothing does."""
+    with FakeTensorMode(), NoWaiting():
+        lm, am, logits = (torch.randn(2, *shape, 6, device="cuda") for shape in ((4,), (5,), (5, 2)))
+        symbols = torch.ones(2, 3, dtype=torch.int64, device="cuda")
+        boundary, ranges = (torch.zeros(2, *n, dtype=torch.int64, device="cuda") for n in ((4,), (5, 2)))
+        for check in (None, False):
+            rnnt_loss_smoothed(lm, am, symbols, 0, boundary=boundary, check=check)
+            rnnt_loss_pruned(logits, symbols, ranges, 0, boundary, check=check)
+        with pytest.raises(DataDependentOutputException):
+            rnnt_loss_smoothed(lm, am, symbols, 0, boundary=boundary, check=True)
+        with pytest.raises(DataDependentOutputException):
+            pruned._rows_exist(ranges, 4, True)
 
 
 def test_empty_batch():
