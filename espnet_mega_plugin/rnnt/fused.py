@@ -328,7 +328,11 @@ def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor,
 
 
 def _gradient_to_logits(joint: Joint, hidden: Tensor, rows: _Rows, sign: Tensor | None) -> Tensor:
-    """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow."""
+    """(R, V) in the type of the products, without subnormal numbers: they would make the next products slow.
+
+    But for float16: it is cut where float32 is, whose smallest number float16 has no room for. Its own subnormals
+    stay, as they are most of what small gradients have there.
+    """
     logits = joint.logits(hidden)
     grad = logits if logits.dtype == joint.sums else torch.empty_like(logits, dtype=joint.sums)
     wavefront.exp_without_subnormals(grad, logits, rows.shift, rows.pivot)

@@ -127,6 +127,7 @@ def columns(V: int) -> int:
 
 
 def _warps(width: int) -> int:
+    """For rows padded to this width; above 4096, U from 4096 up, some of a thread's numbers spill into memory."""
     return min(16, max(1, width // 32))
 
 

@@ -1,4 +1,4 @@
-"""What the fused loss's Triton kernels have to obey, on CPU tensors: test_fused_kernels.py runs this in the interpreter.
+"""What the fused loss's Triton kernels have to obey, on CPU tensors: test_kernels.py runs this in the interpreter.
 
 The oracles are the loop over materialised logits in float64, with autograd, and the PyTorch way of the same loss.
 """
