@@ -15,9 +15,12 @@ fused and standard are the same number with the same gradients, of the alignment
                  come in bursts, which every search's cap on labels a frame would cut; searches are as ever
     modified     a label takes its frame with it, without the blank after it: for searches that go on like this
 
-The pruned losses have ESPnet's key for it, `k2_pruned_loss_args: {loss_type: …}`. Weights go from any choice to any
-other: `am_proj` and `lm_proj`, which only pruned and k2 have, are left out or begin anew. The decoding searches never
-meet any of this.
+`check_targets: true` has the values of labels and lengths checked on a GPU, too, where the host waits for that; without
+it a label or length that cannot be is a NaN loss there, and an error on the CPU.
+
+For the alignments the pruned losses have ESPnet's key, `k2_pruned_loss_args: {loss_type: …}`. Weights go from any
+choice to any other: `am_proj` and `lm_proj`, which only pruned and k2 have, are left out or begin anew. The decoding
+searches never meet any of this.
 
 ESPnet's forward is not copied: for the fused loss the joint network answers the one call that forward makes with what
 its logits are made of, and the method that computes the loss recognises that.
@@ -54,6 +57,9 @@ from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 LOSSES = ("auto", "fused", "standard", "pruned", "k2")
 SEARCHES = ("maes", "greedy", "espnet")
 SIMPLE = ("am_proj", "lm_proj")  # the layers of the pruned loss's simple loss
+# Modules of the joint network that the fused loss calls; it stands for the others.
+CALLED = ("joint_network.lin_enc", "joint_network.lin_dec")
+RANDOM = (torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _log = logging.getLogger("espnet_mega_plugin")
@@ -79,17 +85,19 @@ class DeferringJointNetwork(JointNetwork):
 
 
 class MegaTransducerModel(ESPnetASRTransducerModel):
-    """ESPnet's model with its arguments and three more.
+    """ESPnet's model with its arguments and four more.
 
     Args:
         transducer_loss: one of `LOSSES`, see above.
         validation_search: one of `SEARCHES`, see above.
         transducer_topology: one of `TOPOLOGIES`, see above.
+        check_targets: whether the plugin's losses check labels and lengths wherever these are, see above.
 
     Raises:
         ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
-            network that is not ESPnet's; ``validation_search`` or ``transducer_topology`` is none of those, or the
-            latter is given to a pruned loss; ``k2_pruned_loss_args`` holds something unknown or of a wrong value.
+            network that it cannot stand for; ``validation_search`` or ``transducer_topology`` is none of those, or the
+            latter is given to a pruned loss; ``check_targets`` is no bool, or true for k2; ``fastemit_lambda`` is no
+            number from 0 up; ``k2_pruned_loss_args`` holds something unknown or of a wrong value.
     """
 
     def __init__(
@@ -98,6 +106,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         transducer_loss: str = "auto",
         validation_search: str = "maes",
         transducer_topology: str = "regular",
+        check_targets: bool = False,
         **kwargs,
     ) -> None:
         if validation_search not in SEARCHES:
@@ -108,12 +117,17 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         given = inspect.signature(ESPnetASRTransducerModel).bind(*args, **kwargs).arguments
         choice = _resolved(transducer_loss, given.get("use_k2_pruned_loss", False))
         _check_topology(transducer_topology, choice)
+        _check_targets(check_targets, choice)
+        fastemit_lambda = given.get("fastemit_lambda", 0.0)
+        if not _from_0_up(fastemit_lambda):
+            raise ValueError(f"model_conf: fastemit_lambda must be a finite number from 0 up; got {fastemit_lambda!r}.")
         if choice == "pruned":
-            _check_pruned(given.get("k2_pruned_loss_args", {}))
+            _check_pruned(given.get("k2_pruned_loss_args", {}), given["vocab_size"])
         super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
         self.transducer_loss, self.validation_search = transducer_loss, validation_search
         self.transducer_topology, self._choice = transducer_topology, choice
-        self._said = None
+        self.check_targets = check_targets
+        self._said = {}  # on each device which loss; DataParallel's replicas, made anew in each step, share it
         if choice in ("auto", "fused") and type(self.joint_network) is JointNetwork:
             self.joint_network.__class__ = DeferringJointNetwork  # the same parameters, hooks and names
         reason = self._needs_logits()
@@ -171,6 +185,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             joint = self.joint_network
             output = joint.lin_out.weight, joint.lin_out.bias
             options = {"fastemit_lambda": self.fastemit_lambda, "topology": self.transducer_topology}
+            options["check"] = self._check()
             return fused_rnnt_loss(*joint_out, *output, target, t_len, u_len, joint.joint_activation, **options)
         why = f"transducer_loss: {self.transducer_loss}"
         if self._choice != "standard":
@@ -178,13 +193,14 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         topology = self.transducer_topology
         if self.criterion_transducer is None and (_standard_loss_is_ours() or topology != "regular"):
             self.criterion_transducer = RNNTLoss(
-                reduction="mean", fastemit_lambda=self.fastemit_lambda, topology=topology
+                reduction="mean", fastemit_lambda=self.fastemit_lambda, check=self._check(), topology=topology
             )
         if isinstance(self.criterion_transducer, RNNTLoss):
             self._say("standard", encoder_out.device, self._by_method(why, encoder_out.device))
             with torch.autocast(encoder_out.device.type, enabled=False):  # any float type is read: no float32 copy
                 return self.criterion_transducer(joint_out, target, t_len, u_len)
-        self._say("standard", encoder_out.device, f"{why}; the installed warprnnt_pytorch")
+        unchecked = ", which check_targets does not reach" if self.check_targets else ""
+        self._say("standard", encoder_out.device, f"{why}; the installed warprnnt_pytorch{unchecked}")
         return super()._calc_transducer_loss(encoder_out, joint_out, target, t_len, u_len)
 
     def _needs_logits(self) -> str | None:
@@ -194,12 +210,21 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             return f"the joint network is no JointNetwork of ESPnet's but {type(joint).__qualname__}"
         if type(joint.lin_out) is not torch.nn.Linear:  # a LoRA layer, a quantised or parametrised one
             return f"joint_network.lin_out is no Linear but {type(joint.lin_out).__qualname__}"
-        for name, module in joint.named_modules():
-            if name not in ("lin_enc", "lin_dec") and any(getattr(module, hooks) for hooks in HOOKS):
-                return f"hooks listen to {'.'.join(filter(None, ('joint_network', name)))}"
+        for name, module in joint.named_modules(prefix="joint_network"):
+            if name.startswith(CALLED):
+                continue
+            if any(getattr(module, hooks) for hooks in HOOKS):
+                return f"hooks listen to {name}"
+            if "forward" in vars(module):
+                return f"{name}.forward was replaced"
+            if isinstance(module, RANDOM) or "dropout" in type(module).__name__.lower():
+                return f"{name} is a {type(module).__qualname__}, which would draw anew in backward"
         if torch.nn.modules.module._has_any_global_hook():
             return "hooks listen to all modules"
         return None
+
+    def _check(self) -> bool | None:
+        return True if self.check_targets else None
 
     def _by_method(self, why: str, device: torch.device) -> str:
         topology = self.transducer_topology
@@ -208,8 +233,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
 
     def _say(self, loss: str, device: torch.device, why: str) -> None:
         """An INFO line, once for each choice that is made."""
-        if self._said != (loss, device):
-            self._said = loss, device
+        if self._said.get(device) != loss:
+            self._said[device] = loss
             _log.info("The transducer loss is '%s' on %s (%s).", loss, device, why)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
@@ -271,7 +296,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             reduction: mean, sum or none.
             padding_idx: class of the blank.
         """
-        if self.fastemit_lambda > 0.0 and self.steps_num < 0:
+        if self.fastemit_lambda > 0.0 and "FastEmit" not in self._said:
+            self._said["FastEmit"] = "not used"
             logging.info("The pruned loss has no FastEmit: fastemit_lambda is not used.")
         self.steps_num += 1
         warm = min(1.0, self.steps_num / self.warmup_steps) if self.warmup_steps > 0 else 1.0
@@ -291,6 +317,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             rnnt_type=loss_type,
             reduction=reduction,
             return_grad=True,
+            check=self._check(),  # of what both losses are given
         )
         ranges = get_rnnt_prune_ranges(*posteriors, boundary, prune_range)
         joint = self.joint_network(
@@ -319,7 +346,21 @@ def _resolved(transducer_loss: str, use_k2_pruned_loss: bool) -> str:
     return "pruned" if transducer_loss == "auto" else transducer_loss
 
 
-def _check_pruned(given: object) -> None:
+def _from_0_up(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _check_targets(value: object, choice: str) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"model_conf: check_targets must be true or false; got {value!r}.")
+    if value and choice == "k2":
+        raise ValueError(
+            "model_conf: check_targets: true is for the plugin's own losses, not for transducer_loss: k2. Leave it "
+            "out, or write transducer_loss: pruned, the same loss without k2."
+        )
+
+
+def _check_pruned(given: object, vocab_size: int) -> None:
     """`k2_pruned_loss_args`, whose keys and values ESPnet would look at in the first step of training only."""
     where, own = "model_conf: k2_pruned_loss_args", inspect.signature(MegaTransducerModel._pruned_loss).parameters
     defaults = {name: p.default for name, p in own.items() if p.default is not p.empty}
@@ -332,14 +373,17 @@ def _check_pruned(given: object) -> None:
     for name, value in given.items():
         if name in choices:
             fits, wanted = value in choices[name], f"one of {', '.join(map(repr, choices[name]))}"
-        elif isinstance(defaults[name], int):
-            least = 1 if name == "prune_range" else 0
-            fits, wanted = type(value) is int and value >= least, f"an integer of {least} or more"
+        elif name == "padding_idx":
+            fits, wanted = type(value) is int and 0 <= value < vocab_size, f"a class from 0 to {vocab_size - 1}"
+        elif name == "prune_range":
+            fits, wanted = type(value) is int and value >= 1, "an integer of 1 or more"
         else:
-            fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
-            wanted = "a finite number from 0 up"
+            fits, wanted = _from_0_up(value), "a finite number from 0 up"
         if not fits:
             raise ValueError(f"{where}: {name} must be {wanted}; got {value!r}.")
+    scales = {name: given.get(name, defaults[name]) for name in ("lm_scale", "am_scale")}
+    if sum(scales.values()) > 1:
+        raise ValueError(f"{where}: lm_scale and am_scale must be 1 at most together; got {scales}.")
 
 
 def _check_topology(topology: str, choice: str) -> None:
@@ -366,7 +410,7 @@ def _signature() -> inspect.Signature:
     """ESPnet's arguments and ours: ESPnet's parser reads names and defaults of `model_conf` from it."""
     theirs = inspect.signature(ESPnetASRTransducerModel.__init__)
     ours = inspect.signature(MegaTransducerModel.__init__).parameters
-    own = ("transducer_loss", "validation_search", "transducer_topology")
+    own = ("transducer_loss", "validation_search", "transducer_topology", "check_targets")
     return theirs.replace(parameters=[*theirs.parameters.values(), *(ours[name] for name in own)])
 
 

@@ -1,7 +1,9 @@
 """The plugin's model class through ESPnet's own task: every choice of the loss, inside all that ESPnet makes of it."""
 
 import argparse
+import copy
 import logging
+import pickle
 import sys
 import types
 
@@ -19,6 +21,7 @@ from two_processes import in_two_processes
 from espnet_mega_plugin import RNNTLoss
 from espnet_mega_plugin import model as model_module
 from espnet_mega_plugin.model import LOSSES, DeferringJointNetwork, MegaTransducerModel
+from espnet_mega_plugin.rnnt import arguments as door
 from espnet_mega_plugin.rnnt import pruned, rnnt_loss
 
 CONFIGURATION = {
@@ -70,7 +73,8 @@ def twins(*choices, dtype=torch.float64, joint=None, **conf):
 
 
 def batch(dtype=torch.float32):
-    speech, lengths = torch.randn(3, 41, 12, dtype=dtype), torch.tensor([41, 30, 37])
+    # short ones: ESPnet 202511's encoder cuts speech's lengths to the 18 frames it leaves, and takes no half of them
+    speech, lengths = torch.randn(3, 41, 12, dtype=dtype), torch.tensor([41, 9, 14])
     labels = torch.tensor([[1, 2, 2, 4], [3, -1, -1, -1], [4, 1, -1, -1]])
     return speech, lengths, labels, torch.tensor([4, 1, 2])
 
@@ -106,14 +110,17 @@ def test_topology_of_fused_and_standard(topology, seed):
     """One number and one gradient, another one than the regular topology's, and that of the pruned loss's lattice."""
     torch.manual_seed(seed)
     data = batch(torch.float64)
-    data = (*data[:2], data[2][:, :2], data[3].clamp(max=2))  # the encoder leaves few frames
     networks = twins("fused", "standard", "auto", transducer_topology=topology)
-    regular = twins("fused")[0]
-    regular.load_state_dict(networks[0].state_dict())
+    arguments = dict(prune_range=9, simple_loss_scaling=0.0, loss_type=topology)
+    regular, whole = twins("fused")[0], pruned_model(**arguments).double()  # whole: pruned, yet with all rows
+    for other in (regular, whole):
+        other.load_state_dict(networks[0].state_dict())
+    whole.steps_num = 100  # warm-up is over: the simple loss has weight 0
     found, *others = (loss_and_gradients(network, data) for network in networks)
     for other in others:
         torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-9)
-    assert found[0].isfinite() and abs(found[0] - loss_and_gradients(regular, data)[0]) > 1e-3
+    torch.testing.assert_close(whole(*data)[0].double(), found[0], rtol=1e-5, atol=1e-5)  # its logits are float32
+    assert found[0].isfinite() and abs(found[0] - loss_and_gradients(regular, data)[0]) > 1e-9  # rounding: 1e-13
 
 
 def test_a_loss_that_is_not_ours_knows_no_topology(monkeypatch, seed):
@@ -122,7 +129,6 @@ def test_a_loss_that_is_not_ours_knows_no_topology(monkeypatch, seed):
     monkeypatch.setattr(model_module, "_standard_loss_is_ours", lambda: False)
     networks = twins("fused", "standard", transducer_topology="constrained")
     data = batch(torch.float64)
-    data = (*data[:2], data[2][:, :2], data[3].clamp(max=2))
     found, wanted = (loss_and_gradients(network, data) for network in networks)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
@@ -133,6 +139,12 @@ def test_topologies_that_are_refused():
     for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}):
         with pytest.raises(ValueError, match=r"k2_pruned_loss_args: \{loss_type: modified\}"):
             model(transducer_topology="modified", **conf)
+
+
+def test_the_batch_is_ragged_in_frames():
+    data = batch()
+    frames = model().encode(*data[:2])[1].tolist()
+    assert frames[0] == 18 and len(set(frames)) == 3 and all(T >= U for T, U in zip(frames, data[3], strict=True))
 
 
 def test_auto_is_fused_in_float32_too(seed):
@@ -245,6 +257,94 @@ def test_hooks_on_all_modules_get_the_logits():
     assert seen[0].dim() == 4 and not network.joint_network.deferring
 
 
+class LowRank(torch.nn.Linear):
+    """As LoRA has it: the weight alone is not all of the layer."""
+
+    def __init__(self, of: torch.nn.Linear):
+        super().__init__(of.in_features, of.out_features)
+        self.down, self.up = torch.nn.Linear(of.in_features, 2, bias=False), torch.nn.Linear(2, of.out_features)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [(LowRank, "LowRank"), (torch.nn.utils.parametrizations.weight_norm, "ParametrizedLinear")],
+    ids=["low rank", "weight_norm"],
+)
+def test_a_lin_out_of_another_kind_gets_the_logits(changed, kind, seed, caplog):
+    torch.manual_seed(seed)
+    caplog.set_level(logging.INFO)
+    networks, data, found = twins("auto", "fused", "standard"), batch(torch.float64), []
+    for network in networks:
+        torch.manual_seed(seed)
+        network.joint_network.lin_out = changed(network.joint_network.lin_out).double()
+        found.append(loss_and_gradients(network, data))
+        assert all(x is not None and x.abs().max() > 0 for name, x in found[-1][3].items() if "lin_out" in name)
+    *others, wanted = found
+    for other in others:
+        torch.testing.assert_close(other, wanted, rtol=1e-9, atol=1e-9)
+    assert (
+        f"'standard' on cpu (transducer_loss: fused, but joint_network.lin_out is no Linear but {kind};" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("place", ["joint_network", "joint_network.lin_out", "joint_network.joint_activation"])
+def test_a_replaced_forward_gets_the_logits(place, seed, caplog):
+    torch.manual_seed(seed)
+    caplog.set_level(logging.INFO)
+    networks, data, found = twins("auto", "standard"), batch(torch.float64), []
+    for network in networks:
+        plain = network(*data)[0].detach()
+        module = network.get_submodule(place)
+        module.forward = lambda *given, forward=module.forward, **options: forward(*given, **options) * 0.5
+        found.append(loss_and_gradients(network, data))
+        assert (found[-1][0] - plain).abs() > 1e-6
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert f"but {place}.forward was replaced; method" in caplog.text
+
+
+def test_a_projection_that_the_fused_loss_calls_may_be_anything(seed, caplog):
+    torch.manual_seed(seed)
+    caplog.set_level(logging.INFO)
+    networks, data, found = twins("fused", "standard"), batch(torch.float64), []
+    for network in networks:
+        torch.manual_seed(seed)
+        joint = network.joint_network
+        joint.lin_enc = LowRank(joint.lin_enc).double()
+        joint.lin_enc.down.register_forward_hook(lambda module, given, out: out * 2)
+        joint.lin_dec.forward = lambda x, forward=joint.lin_dec.forward: forward(x) * 0.5
+        found.append(loss_and_gradients(network, data))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    assert ["'fused'" in line for line in choices_of(caplog)] == [True, False]
+
+
+class OwnDropout(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.3, self.training)
+
+
+@pytest.mark.parametrize("random", [torch.nn.Dropout(0.3), torch.nn.AlphaDropout(), torch.nn.RReLU(), OwnDropout()])
+def test_an_activation_that_draws_gets_the_logits(random, seed, caplog):
+    """The fused loss would compute the hidden rows again in backward, with other random numbers."""
+    torch.manual_seed(seed)
+    caplog.set_level(logging.INFO)
+    networks, data, found = twins("auto", "standard"), batch(torch.float64), []
+    for network in networks:
+        network.joint_network.joint_activation = torch.nn.Sequential(torch.nn.Tanh(), random)
+        torch.manual_seed(seed)
+        found.append(loss_and_gradients(network, data))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+    name = type(random).__qualname__
+    assert f"but joint_network.joint_activation.1 is a {name}, which would draw anew in backward" in caplog.text
+    arguments = {name: getattr(model(), name) for name in ("encoder", "decoder", "frontend", "specaug", "normalize")}
+    arguments |= {"vocab_size": 6, "token_list": CONFIGURATION["token_list"], "joint_network": JointNetwork(6, 8, 8)}
+    arguments["joint_network"].joint_activation = torch.nn.Sequential(torch.nn.Tanh(), random)
+    with pytest.raises(ValueError, match="fused cannot be had: joint_network.joint_activation.1 is a .*Write 'stand"):
+        MegaTransducerModel(**arguments, transducer_loss="fused")
+
+
 def test_a_joint_network_of_ones_own(seed, caplog):
     class Own(JointNetwork):
         pass
@@ -277,7 +377,7 @@ def test_the_task_builds_the_plugins_model():
 def test_the_parser_knows_the_key_beside_espnets():
     shown = ASRTransducerTask.get_parser().get_default("model_conf")
     ours = {"transducer_loss": "auto", "validation_search": "maes", "transducer_topology": "regular"}
-    assert shown == {**get_default_kwargs(ESPnetASRTransducerModel), **ours}
+    assert shown == {**get_default_kwargs(ESPnetASRTransducerModel), **ours, "check_targets": False}
 
 
 def test_espnets_class_refuses_the_key():
@@ -324,7 +424,49 @@ def test_the_choice_is_logged_once(caplog):
     assert said.endswith("method wavefront; topology modified).")
 
 
-def test_standard_is_what_warprnnt_pytorch_gives(monkeypatch, seed):
+def test_the_choice_is_logged_once_where_replicas_live_for_a_step(caplog):
+    """As DataParallel makes them, of a model that was copied and pickled."""
+    caplog.set_level(logging.INFO)
+    for choice in ("fused", "pruned"):
+        network = model(transducer_loss=choice, fastemit_lambda=0.01)
+        copies = [network, copy.deepcopy(network)]
+        if choice == "pruned":  # get_activation's lambdas are no matter of ours
+            copies.append(pickle.loads(pickle.dumps(network)))
+        for each in copies:
+            caplog.clear()
+            for _ in range(2):
+                for _ in range(2):
+                    each._replicate_for_data_parallel()(*batch())
+            assert len(choices_of(caplog)) == 1
+            assert caplog.text.count("has no FastEmit") == (choice == "pruned")
+
+
+@pytest.mark.parametrize("wrong", [1, 0, "yes", None])
+def test_check_targets_is_a_bool(wrong):
+    with pytest.raises(ValueError, match=f"model_conf: check_targets must be true or false; got {wrong!r}"):
+        model(check_targets=wrong)
+
+
+def test_k2_checks_no_targets():
+    with pytest.raises(ValueError, match="check_targets: true is for .* not for transducer_loss: k2.*write .*pruned"):
+        model(transducer_loss="k2", check_targets=True)
+
+
+@pytest.mark.parametrize("choice", ["auto", "fused", "standard", "pruned"])
+def test_check_targets_names_what_a_gpu_leaves_unseen(choice, monkeypatch, seed):
+    """CPU tensors treated as those of a device that reading from would synchronise."""
+    torch.manual_seed(seed)
+    monkeypatch.setattr(door, "_values_are_free", lambda *tensors: False)
+    data = batch()
+    data[2][0, 1] = 0  # the blank, as a label
+    assert model(transducer_loss=choice)(*data)[0].isnan()
+    network = model(transducer_loss=choice, check_targets=True)
+    assert network(*batch())[0].isfinite()
+    with pytest.raises(ValueError, match=r"(labels|symbols)\[0, 1\] = 0 is the (blank|termination_symbol); "):
+        network(*data)
+
+
+def test_standard_is_what_warprnnt_pytorch_gives(monkeypatch, seed, caplog):
     """A real installation is used as ESPnet uses it, in float32."""
     torch.manual_seed(seed)
 
@@ -349,6 +491,9 @@ def test_standard_is_what_warprnnt_pytorch_gives(monkeypatch, seed):
     loss, _, _ = network(*data)
     assert seen == [torch.float32] * 2
     torch.testing.assert_close(loss, wanted)
+    caplog.set_level(logging.INFO)
+    model(transducer_loss="standard", check_targets=True)(*data)
+    assert "the installed warprnnt_pytorch, which check_targets does not reach)" in caplog.text
 
 
 def test_checkpoints_go_from_every_choice_to_every_other(caplog):
@@ -422,6 +567,10 @@ def k2(monkeypatch):
         ({"prune_range": 0}, "prune_range must be an integer of 1 or more; got 0"),
         ({"prune_range": 2.5}, "prune_range must be an integer of 1 or more; got 2.5"),
         ({"lm_scale": -0.1}, "lm_scale must be a finite number from 0 up; got -0.1"),
+        ({"lm_scale": 0.8, "am_scale": 0.8}, "lm_scale and am_scale must be 1 at most together; got .*0.8.*0.8"),
+        ({"am_scale": 1.5}, "lm_scale and am_scale must be 1 at most together; got .*0.0.*1.5"),
+        ({"padding_idx": 99}, "padding_idx must be a class from 0 to 5; got 99"),
+        ({"padding_idx": -1}, "padding_idx must be a class from 0 to 5; got -1"),
         ({"simple_loss_scaling": "0.5"}, "simple_loss_scaling must be a finite number from 0 up; got '0.5'"),
         ({"reduction": "max"}, "reduction must be one of 'none', 'mean', 'sum'; got 'max'"),
     ],
@@ -430,6 +579,13 @@ def test_arguments_of_the_pruned_loss_are_refused_when_the_model_is_made(argumen
     for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}):
         with pytest.raises(ValueError, match=f"model_conf: k2_pruned_loss_args.* ?{message}"):
             model(**conf, k2_pruned_loss_args=arguments)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("inf"), float("nan"), "1e-3", True])
+@pytest.mark.parametrize("choice", ["fused", "standard", "pruned"])
+def test_fastemit_lambda_is_refused_when_the_model_is_made(choice, wrong):
+    with pytest.raises(ValueError, match=f"model_conf: fastemit_lambda must be a finite .* from 0 up; got {wrong!r}"):
+        model(transducer_loss=choice, fastemit_lambda=wrong)
 
 
 @pytest.mark.parametrize("loss_type", ["regular", "modified", "constrained"])
