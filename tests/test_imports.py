@@ -12,9 +12,10 @@ import espnet_mega_plugin
 ROOT = Path(espnet_mega_plugin.__file__).parent
 STDLIB = sys.stdlib_module_names
 ROOMS = {
-    "rnnt": {"torch", "triton", "espnet_mega_plugin.rnnt"},
+    "rnnt": {"torch", "triton", "espnet_mega_plugin.rnnt", "espnet_mega_plugin.processor"},
     "recording.py": {"torch"},
-    "mega": {"torch", "numpy", "espnet_mega_plugin.mega", "espnet_mega_plugin.recording"},
+    "processor.py": {"torch"},
+    "mega": {"torch", "numpy", *(f"espnet_mega_plugin.{name}" for name in ("mega", "recording", "processor"))},
     "search": {"torch", "numpy", "espnet_mega_plugin.search", "espnet_mega_plugin.recording"},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega", "espnet_mega_plugin.recording"},
     "model.py": {"torch", "espnet2", "espnet_mega_plugin.rnnt", "espnet_mega_plugin.espnet_search"},

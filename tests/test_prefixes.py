@@ -25,7 +25,7 @@ from replayed import replaying
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega import prefixes
-from espnet_mega_plugin.mega.packed import PackedLayers
+from espnet_mega_plugin.mega.packed import COLUMNS, PackedLayers
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
 from espnet_mega_plugin.mega.state import MegaMemory
@@ -485,15 +485,20 @@ def test_the_step_is_one_graph_for_torch_compile(seed):
             torch.testing.assert_close(compiled(*inputs), module(*inputs))
 
 
+@pytest.mark.parametrize("few", [0, 7])  # as on Intel's processors and elsewhere
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 33])
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (256, 1025)])
 @torch.no_grad()
-def test_a_packed_layer_is_the_layer(rows, sizes, seed):
+def test_a_packed_layer_is_the_layer(rows, sizes, few, seed, monkeypatch):
+    monkeypatch.setattr("espnet_mega_plugin.mega.packed.FEW", few)
     layer, x = torch.nn.Linear(*sizes), torch.randn(rows, sizes[0])
     packed = PackedLayers(layer)
-    assert (layer in packed._packed) == (sizes == (256, 1025) and torch.backends.mkldnn.is_available())
+    is_packed = sizes == (256, 1025) and torch.backends.mkldnn.is_available()
+    assert (layer in packed) == is_packed
     for given_ in (x, x.t().contiguous().t(), x[:1].expand(rows, -1)):
         torch.testing.assert_close(packed(layer, given_), layer(given_))
+    made = is_packed and packed._packed[layer] is not None
+    assert made == (is_packed and rows > max(few, COLUMNS))  # a second copy only where it is read
     other = torch.nn.Linear(*sizes)
     torch.testing.assert_close(packed(other, x), other(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -11,8 +11,12 @@ memory's speed. The 51 MB of the default size's layers, in ms, plain and through
 One or two rows gain little from packing on one thread; where the library is MKL they run as two columns behind the
 plain weights, a single one doubled.
 
-The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
-freezes weights); where a build of torch lacks it, the layers run as they are.
+MKL on Intel's processors reads the plain weights of few rows as fast as memory gives them: a step alternates between
+no two copies then, which share the cache badly, and ESPnet's searches take 0.5 (default), 0.8 (tsd) and 0.6 (alsd) of
+the time (`bench_search.py` with and without, Xeon with AVX-512, one thread). There only more rows are packed.
+
+The price is a second copy of these weights, made when it is first asked for. Packing is torch's own (oneDNN, the
+operators its compiler uses when it freezes weights); where a build of torch lacks it, the layers run as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from espnet_mega_plugin.processor import runs_mkl_well
+
 ROWS = 16  # the number of rows the layout is chosen for; 8 to 32 measured alike from 1 to 100 rows, 1 not
+FEW = 7 if runs_mkl_well() else 0  # so many rows, and fewer, run as they are
 COLUMNS = 2 if torch.backends.mkl.is_available() else 0  # so many rows, and fewer, are columns
 SMALLEST = 1 << 17  # weights; the packed product costs 10 microseconds more to call, which a small layer does not earn
 
@@ -31,31 +38,41 @@ class PackedLayers:
     def __init__(self, network: nn.Module):
         # A module's own call takes as long as the product where few numbers meet
         self._plain = {layer: (layer.weight, layer.bias) for layer in network.modules() if type(layer) is nn.Linear}
-        self._packed: dict[nn.Module, Tensor] = {}
+        self._packed: dict[nn.Module, Tensor | None] = {}  # None: not yet
         if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return
-        for layer in network.modules():
-            if type(layer) is not nn.Linear or layer.weight.numel() < SMALLEST:
-                continue
-            weight = layer.weight.detach()
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                try:
-                    self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-                except RuntimeError:  # a processor oneDNN has no layout for
-                    return
+        for layer, (weight, _) in self._plain.items():
+            if weight.numel() >= SMALLEST and weight.device.type == "cpu" and weight.dtype == torch.float32:
+                self._packed[layer] = None
 
     def __contains__(self, layer: nn.Module) -> bool:
+        """Whether it is packed for more rows than a few."""
         return layer in self._packed
+
+    def _weight(self, layer: nn.Module) -> Tensor | None:
+        """Its packed weight; None where it runs as it is. Threads that ask at once both pack, to the same."""
+        if layer in self._packed and self._packed[layer] is None:
+            try:
+                self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(self._plain[layer][0].detach(), ROWS)
+            except RuntimeError:  # a processor oneDNN has no layout for
+                self._packed.pop(layer, None)
+        return self._packed.get(layer)
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What ``layer(x)`` gives, to rounding. (B, in) to (B, out)"""
         plain = self._plain.get(layer)
         if plain is None or layer._forward_hooks or layer._forward_pre_hooks:  # quantised, parametrised, wrapped ...
             return layer(x)
-        weight, rows = self._packed.get(layer), x.shape[0]
-        if weight is None or x.dtype != torch.float32 or rows == 0 or torch.is_autocast_enabled("cpu"):
+        # asked first: the number of rows of a layer that is never packed stays free in an exported graph
+        if layer not in self._packed or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return nn.functional.linear(x, *plain)
+        rows = x.shape[0]
+        if rows == 0 or rows <= FEW:
             return nn.functional.linear(x, *plain)
         if rows <= COLUMNS and layer.bias is not None:
             columns = (x if rows == COLUMNS else torch.cat([x] * COLUMNS)).t()
             return torch.addmm(layer.bias.unsqueeze(1), layer.weight, columns)[:, :rows].t().contiguous()
+        weight = self._weight(layer)
+        if weight is None:
+            return nn.functional.linear(x, *plain)
         return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")

@@ -15,13 +15,13 @@ B utterances, T frames, U labels, V classes; a row is the V logits of one cell. 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 
+from espnet_mega_plugin.processor import runs_mkl_well
 from espnet_mega_plugin.rnnt.topologies import shares
 
 # On the CPU a tile is written and read several times over; each thread's share of it has to stay in a core's cache.
@@ -64,14 +64,7 @@ def base(device: str) -> Base:
     ns a number, exp and exp2: AMD EPYC 0.82, 0.28; Intel Xeon (AVX-512) 0.17, 0.24 (torch 2.12, one thread). With
     either, a factor and a shift cost one pass, as the product and the sum are one rounded instruction.
     """
-    return E if device == "cpu" and torch.backends.mkl.is_available() and _is_intels() else TWO
-
-
-def _is_intels() -> bool:
-    try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    return E if device == "cpu" and runs_mkl_well() else TWO
 
 
 def costs(
