@@ -41,6 +41,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	    "$$(df -Pk $(VENV) | awk 'NR == 2 {print int($$4 / 1048576)}') GB are free"
 	$(VENV)/bin/python -m pip install --quiet --retries 10 -e '.[test]'
 	$(VENV)/bin/python -m espnet_mega_plugin.recipe.mini_an4 --fetch
+	@$(VENV)/bin/python -m espnet_mega_plugin doctor > $(VENV)/doctor.log 2>&1 || { cat $(VENV)/doctor.log; exit 1; }
 	@date > $@
 
 clean:
