@@ -19,6 +19,7 @@ from espnet_mega_plugin.decode.options import parsed
 NO_RESULT = 3  # exit status; Python's own is 1 for any exception, and argparse's 2 for wrong options
 
 _log = logging.getLogger("espnet_mega_plugin")
+_hypotheses = logging.getLogger("espnet_mega_plugin.hypotheses")  # what --display_hypotheses asks for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s"
     )
+    # its own option asked for them: they are shown at any log level
+    _hypotheses.setLevel(logging.INFO if options.display_hypotheses else logging.NOTSET)
     if options.num_processes is None:
         options.num_processes = max(1, options.ngpu)
     try:
@@ -61,7 +64,8 @@ def _open(options: argparse.Namespace) -> tuple:
     from espnet_mega_plugin.decode.utterances import Reader
 
     speech2text = _speech2text(options)
-    read = Reader(options.data_path_and_name_and_type, speech2text.asr_train_args, options.allow_variable_data_keys)
+    data, others = options.data_path_and_name_and_type, options.allow_variable_data_keys
+    read = Reader(data, speech2text.asr_train_args, others, speech2text.sampling_rate)
     return speech2text, read, keys_to_decode(options.key_file, read.keys)
 
 
@@ -100,7 +104,8 @@ def decoded(speech2text, batch: Sequence, display: bool = False) -> dict[str, li
 
     def log_partial(place: int, milliseconds: float, results: list) -> None:
         if results:
-            _log.info("Current best hypothesis (0-%.0fms): %s: %s", milliseconds, batch[place].key, results[0][0])
+            key, text = batch[place].key, results[0][0]
+            _hypotheses.info("Current best hypothesis (0-%.0fms): %s: %s", milliseconds, key, text)
 
     try:
         found = speech2text([utterance.speech for utterance in batch], log_partial if display else None)
@@ -121,7 +126,7 @@ def _write(files, speech2text, key: str, found: list | str, display: bool) -> in
         files.skip(key, found)
         return 1
     if display:
-        _log.info("Final best hypothesis: %s: %s", key, found[0][0])
+        _hypotheses.info("Final best hypothesis: %s: %s", key, found[0][0])
     timed = speech2text.seconds_per_frame is not None
     for place, result in enumerate(found, 1):
         times, words = (speech2text.times(result), speech2text.words(result)) if timed else (None, None)

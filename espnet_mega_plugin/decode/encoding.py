@@ -63,11 +63,40 @@ def too_short_for_frontend(model: nn.Module, samples: int) -> bool:
     return samples <= (stft.n_fft // 2 if getattr(stft, "center", False) else 0)
 
 
+def too_short_for_input(encoder: nn.Module, frames: int) -> bool:
+    """Whether the input block makes no frame of so many feature frames."""
+    # ESPnet's check alone is too low for a factor of 2, what its layers need alone too low for VGG
+    return check_short_utt(encoder.embed.subsampling_factor, frames)[0] or _behind_input(encoder, frames) < 1
+
+
 def too_short_for_encoder(encoder: nn.Module, frames: int) -> bool:
     """Whether so many feature frames give no encoder frame."""
-    embed = encoder.embed  # ESPnet's check is too low for a factor of 2: convolutions alone need more than it asks for
-    least = 0 if getattr(embed, "vgg_like", True) else embed.min_frame_length
-    return frames < least or check_short_utt(embed.subsampling_factor, frames)[0]
+    if too_short_for_input(encoder, frames):
+        return True
+    frames = _behind_input(encoder, frames)
+    for block in encoder.encoders.blocks:
+        if isinstance(block, Conv1d):
+            frames = _behind(block.conv, frames + block.lorder)  # causal blocks put zeros in front
+    return frames < 1
+
+
+def _behind_input(encoder: nn.Module, frames: int) -> int:
+    for layer in encoder.embed.conv:
+        frames = _behind(layer, frames)
+    return frames
+
+
+def _behind(layer: nn.Module, frames: int) -> int:
+    """Frames that a layer makes of so many; less than 1: it cannot."""
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.MaxPool2d)):
+        return frames
+    sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation  # of time alone, or time first
+    kernel, stride, padding, dilation = (size if isinstance(size, int) else size[0] for size in sizes)
+    steps = frames + 2 * padding - dilation * (kernel - 1) - 1
+    if not getattr(layer, "ceil_mode", False):
+        return steps // stride + 1
+    found = -(-steps // stride) + 1
+    return found - ((found - 1) * stride >= frames + padding)  # the last window must begin within
 
 
 def encode_alone(encoder: nn.Module, feats: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from espnet2.asr_transducer.frontend.online_audio_processor import OnlineAudioProcessor
 from torch import Tensor, nn
 
-from espnet_mega_plugin.decode.encoding import too_short_for_encoder, turn
+from espnet_mega_plugin.decode.encoding import too_short_for_input, turn
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.search import BatchedSearch
 
@@ -204,7 +204,7 @@ def _frames_of_first_chunk(samples: int, model: nn.Module, audio: OnlineAudioPro
         return 0
     centred = getattr(stft, "center", True)
     feats = (used if centred else used - audio.n_fft) // audio.hop_sz + 1 - audio.trim_val
-    if too_short_for_encoder(model.encoder, feats):
+    if too_short_for_input(model.encoder, feats):
         return 0
     weight = next(model.encoder.embed.parameters())
     given = torch.zeros(1, feats, model.frontend.output_size(), dtype=weight.dtype, device=weight.device)

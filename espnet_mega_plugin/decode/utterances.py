@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 from espnet2.tasks.asr_transducer import ASRTransducerTask
-from espnet2.train.dataset import ESPnetDataset
+from espnet2.train.dataset import AdapterForSoundScpReader, ESPnetDataset
 
 POOL = 16  # batches whose utterances are sorted by length together; results are written when a pool is done
+OTHER_RATE = re.compile(r"Sampling rates are mismatched: \d+ != (\d+)")  # ESPnet's reader's words
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,21 @@ class Reader:
     Args:
         data: ESPnet's triples (file, name, type), of which one is named speech.
         args: the model's training arguments.
+        rate: the model's sampling rate; utterances of another one have no speech. None: not known, and ESPnet's reader
+            compares each utterance with the one before.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: no triple, or more than one, is named speech; a file has no utterances or is no list of them.
     """
 
-    def __init__(self, data: Sequence[tuple[str, str, str]], args: argparse.Namespace, others: bool = False):
+    def __init__(
+        self,
+        data: Sequence[tuple[str, str, str]],
+        args: argparse.Namespace,
+        others: bool = False,
+        rate: int | None = None,
+    ):
         names = [name for _, name, _ in data]
         if names.count("speech") != 1 or (len(names) > 1 and not others):
             raise ValueError(f"data_path_and_name_and_type: expected one entry FILE,speech,TYPE; got {data}.")
@@ -48,6 +58,10 @@ class Reader:
         except Exception as error:  # whatever ESPnet's readers raise for a broken list
             raise ValueError(f"data_path_and_name_and_type: {path},{name},{kind}: {_trouble(path, error)}.") from error
         self.keys = [str(key) for key in self._data]
+        self._rate = rate
+        reader = self._data.loader_dict["speech"]
+        if isinstance(reader, AdapterForSoundScpReader):
+            reader.rate = rate  # that of the last utterance it took: it takes none of another one
 
     def __call__(self, key: str) -> Utterance:
         try:
@@ -58,7 +72,13 @@ class Reader:
                 return Utterance(key, None, "is empty")
             if not np.isfinite(speech).all():
                 return Utterance(key, None, "holds NaN or infinite numbers")
+            if speech.dtype.kind == "i":  # of a Kaldi archive, say: as they are, as ESPnet's command decodes them
+                speech = speech.astype(np.float32)
         except Exception as error:  # whatever a reader raises for a broken file: the others are to be decoded
+            other = OTHER_RATE.search(str(error))
+            if other and self._rate is not None:
+                rates = f"has {other[1]} samples a second, but the model was trained on {self._rate}"
+                return Utterance(key, None, f"{rates}; resample it")
             return Utterance(key, None, f"cannot be read: {type(error).__name__}: {error}")
         return Utterance(key, speech)
 

@@ -11,12 +11,19 @@ import torch
 import yaml
 from configurations import perturbed
 from espnet2.asr_transducer.encoder.encoder import Encoder
+from espnet2.asr_transducer.utils import TooShortUttError
 from espnet2.bin.asr_transducer_inference import Speech2Text
 from fresh_python import finish, start
 from tiny_experiment import FACTOR, HOP, RATE, audio, experiment, language_model, table, waveform
 
 from espnet_mega_plugin.decode.command import main
-from espnet_mega_plugin.decode.encoding import encode_alone, encode_padded, features, why_not_padded
+from espnet_mega_plugin.decode.encoding import (
+    encode_alone,
+    encode_padded,
+    features,
+    too_short_for_encoder,
+    why_not_padded,
+)
 from espnet_mega_plugin.decode.options import parsed
 from espnet_mega_plugin.decode.speech2text import BatchedSpeech2Text
 from espnet_mega_plugin.decode.streaming import chunks
@@ -94,6 +101,30 @@ def test_a_padded_batch_is_encoded_as_each_alone(body, kind, seed):
     torch.testing.assert_close(padded_lengths, alone_lengths)
     for one, other, n in zip(padded, alone, alone_lengths, strict=True):
         torch.testing.assert_close(one[:n], other[:n], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [*INPUTS, "twice", "vgg of 6"])
+@torch.no_grad()
+def test_what_is_too_short_for_the_encoder_is_what_it_refuses(kind):
+    inputs = INPUTS | {
+        "twice": {"vgg_like": False, "conv_size": 4, "subsampling_factor": 2},
+        "vgg of 6": {"vgg_like": True, "subsampling_factor": 6, "conv_size": [4, 4]},
+    }
+
+    def conv1d(kernel: int, stride: int, dilation: int, causal: bool = False) -> dict:
+        sizes = {"kernel_size": kernel, "stride": stride, "dilation": dilation, "causal": causal}
+        return {"block_type": "conv1d", "output_size": 8, **sizes}
+
+    blocks = [[], [conv1d(3, 2, 1)], [conv1d(5, 1, 2)], [conv1d(1, 3, 1)], [conv1d(3, 2, 1), conv1d(5, 2, 2)]]
+    for body in [*blocks, [conv1d(5, 1, 1, causal=True)], [conv1d(3, 1, 2, causal=True)]]:
+        encoder = Encoder(12, [*body, *BODIES["conformer"]], inputs[kind]).eval()
+        refused = {n for n in range(1, 60) if too_short_for_encoder(encoder, n)}
+        for n in range(1, 60):
+            try:
+                frames = encoder(torch.randn(1, n, 12), torch.tensor([n]))[0].shape[1]
+            except (RuntimeError, TooShortUttError):
+                frames = 0
+            assert (frames < 1) == (n in refused), (body, n)
 
 
 def test_encoders_of_which_it_is_not_known_are_not_padded():
@@ -413,15 +444,16 @@ def test_a_batch_that_fails_is_taken_apart(model, monkeypatch):
 def test_streaming_and_key_files(folder, streaming_model, scp, caplog):
     keys = [line.split()[0] for line in scp.read_text().splitlines()]
     (folder / "keys").write_text(f"{keys[3]} something\n{keys[0]}\n")
-    caplog.set_level("INFO", logger="espnet_mega_plugin")
-    more = ["--streaming", "--key_file", str(folder / "keys"), "--display_hypotheses", "true", "--log_level", "info"]
+    more = ["--streaming", "--key_file", str(folder / "keys"), "--display_hypotheses", "true"]  # at any log level
     status, output = run(folder, streaming_model, scp, "streamed", *more)
     text = table(output / "1best_recog" / "text")
     assert status == 0 and list(text) == [keys[3], keys[0]]
     said = [record.getMessage() for record in caplog.records]
     assert f"Final best hypothesis: {keys[0]}: {text[keys[0]]}" in said
     assert any(line.startswith(f"Current best hypothesis (0-640ms): {keys[0]}: ") for line in said)
+    caplog.clear()
     _, whole = run(folder, streaming_model, scp, "whole", "--streaming", "false")
+    assert not any("best hypothesis" in record.getMessage() for record in caplog.records)
     assert len(table(whole / "1best_recog" / "text")) == 5
 
 
