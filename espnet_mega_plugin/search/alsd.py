@@ -3,12 +3,12 @@
 The algorithm (Saon et al. 2020, "Alignment-length synchronous decoding for RNN transducer", and ESPnet's
 `align_length_sync_decoding`): after i steps, each blank or a label, a hypothesis with u labels is at frame i - u. Each
 takes blank and each of its `beam_size` most probable labels; the `beam_size` best in all go on, equal label sequences
-summed. One that takes blank at the last frame is a result. There are T + u_max steps, so results have u_max labels at
-most; u_max is no more than T - 1.
+summed. One that takes blank at the last frame is a result. There are T + u_max steps, so these results have u_max
+labels at most; u_max is no more than T - 1.
 
 Two things are not ESPnet's. Where nothing has come to the last frame, its search returns hypotheses that have not, with
-the scores of a part of the utterance: here they go on by blank alone until they have. And an utterance of one frame may
-have a label.
+the scores of a part of the utterance: here they go on by blank alone until they have. Those may have more labels than
+u_max, up to one a step. And an utterance of one frame may have a label.
 
 B utterances, F frames, T of them an utterance's, H hypotheses, K labels each may take.
 """
@@ -116,7 +116,9 @@ class Alsd(Algorithm):
         likeliest = results.score.masked_fill(~results.there, -torch.inf).argmax(1)
         full = found & (taken[likeliest] - T >= self.u_max) & (self.u_max < T - 1)
         unfinished = ~found & (T > 0)
-        full, unfinished, all_found = torch.stack((full.sum(), unfinished.sum(), found.all())).tolist()
+        raisable = unfinished & (self.u_max < T - 1)
+        counts = full.sum(), unfinished.sum(), raisable.sum(), found.all()
+        full, unfinished, raisable, all_found = torch.stack(counts).tolist()
         if not all_found:
             results = results.where(found, self._with_end(self._ended_by_blank(steps)))
         index = packed(results.there)
@@ -129,8 +131,8 @@ class Alsd(Algorithm):
         if unfinished:
             _log.warning(
                 "alsd: nothing had come to the end of %d of %d utterances after T + u_max steps, of u_max = %d and no "
-                "more than T - 1; their results go on from there by blank alone. Raise u_max, or search with maes.",
-                *(unfinished, len(T), self.u_max),
+                "more than T - 1; their results go on from there by blank alone. %s with maes.",
+                *(unfinished, len(T), self.u_max, "Raise u_max, or search" if raisable else "Search"),
             )
 
     def _ended_by_blank(self, steps: Tensor) -> Hypotheses:

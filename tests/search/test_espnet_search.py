@@ -74,7 +74,7 @@ def test_nbest_is_that_of_espnets_search(decoder, search, seed, caplog):
         assert type(theirs) is BeamSearchTransducer and type(ours) is BatchedBeamSearch
         for _ in range(4):  # utterances, with the same object
             found, wanted = ours(frames), theirs(frames)
-            if "Raise u_max" in caplog.text:
+            if "by blank alone" in caplog.text:
                 caplog.clear()  # alsd, with all labels in the first frames: ESPnet's hypotheses are unfinished there
             elif frames.dtype == torch.float64:
                 assert_same(found, wanted)

@@ -113,6 +113,16 @@ def test_alsd_says_how_many_utterances_u_max_has_cut_off_or_left_unfinished(shap
         rounds.enough = len(said) == 2
 
 
+@pytest.mark.parametrize(("u_max", "advice"), [(2, "Raise u_max, or search with maes."), (50, "Search with maes.")])
+def test_alsd_advises_to_raise_u_max_where_that_helps(u_max, advice, caplog):
+    """Labels alone are likely; their results have more of them than u_max, one a step."""
+    problem = tabled_problem([4], V=3, table=lambda t, labels: [-40.0, 0.0, -1.0])
+    [nbest] = problem.found({"search_type": "alsd", "beam_size": 1, "u_max": u_max})
+    assert len(nbest[0].yseq) - 1 == 4 + min(u_max, 3)
+    [said] = caplog.messages
+    assert said.endswith(f"their results go on from there by blank alone. {advice}")
+
+
 def test_each_prefix_is_scored_once_where_espnet_scores_hypotheses_at_each_frame():
     problem = tabled_problem([30], V=6, peak=2.0)
     options = {"search_type": "tsd", "beam_size": 4}
