@@ -193,13 +193,13 @@ def test_long_utterances_move_what_is_kept(search_type):
 class Bonus(SequenceScorer):
     """What a table adds to each next label, and at the end for the last one."""
 
-    def __init__(self, V, seed, largest):
+    def __init__(self, V, seed, largest, scale=1.0):
         self.table = random_table(V, 1.0, 0.0, seed)
-        self.largest = largest
+        self.largest, self.scale = largest, scale
         super().__init__(lambda sequences: torch.tensor([self.of(labels) for labels in sequences], dtype=torch.float64))
 
     def of(self, labels):
-        return [min(value + 1.0, self.largest) for value in self.table(0, labels)]
+        return [min(self.scale * (value + 1.0), self.largest) for value in self.table(0, labels)]
 
     def at_end(self, labels):
         return -0.1 * len(labels)
@@ -228,6 +228,39 @@ def test_fusion_is_that_of_the_plain_search(search_type, largest, weight):
         lists = problem.found(options, fusion=[Fusion(one, 0.8), Fusion(other, weight)])
         for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
             assert_same_nbest(nbest, plain.search(log_probs, T, options, bonus, final))
+
+
+def test_the_bound_of_maes_counts_what_may_be_taken_away():
+    """More than what parts the candidates, and so many of these that the bound would leave some out."""
+    for _ in range(40):
+        problem = tabled_problem(random_lengths(3, longest=6))
+        options = random_options("maes", problem.V)
+        options |= {"nbest": 50, "expansion_gamma": 8.0, "nstep": random.choice((2, 3))}
+        one = Bonus(problem.V, random.randrange(2**31), largest=0.0, scale=3.0)
+
+        def bonus(labels, one=one):
+            return [-added for added in one.of(labels)]
+
+        def final(labels, one=one):
+            return -one.at_end(labels)
+
+        lists = problem.found(options, fusion=Fusion(one, -1.0))
+        for nbest, T, log_probs in zip(lists, problem.lengths, problem.log_probs, strict=True):
+            assert_same_nbest(nbest, plain.search(log_probs, T, options, bonus, final))
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_a_bonus_makes_an_improbable_label_before_it_good(weight):
+    """Behind label 1, far below the beam, label 2 has a bonus that brings both in."""
+    problem = tabled_problem([1], V=4, peak=1.0, table=lambda t, labels: [-0.1, -3.0, -3.0, -9.0])
+    scorer = SequenceScorer(
+        lambda sequences: torch.tensor([[0, 0, 8 * weight * (labels == (1,)), 0] for labels in sequences])
+    )
+    scorer.largest = 8.0 if weight > 0 else 0.0
+    options = {"search_type": "maes", "beam_size": 1, "nstep": 2, "expansion_gamma": 8.0, "expansion_beta": 2}
+    [[found]] = problem.found(options, fusion=Fusion(scorer, weight))
+    assert found.yseq == [0, 1, 2]
+    assert found.score == pytest.approx(-3.0 - 3.0 + 8.0 - 0.1, abs=0.02)  # the rows of the table sum to 1.004
 
 
 # --- an end in bounded time -------------------------------------------------------------------------------------------

@@ -113,6 +113,21 @@ def test_a_stream_that_ended_leaves_nothing_behind():
         assert found <= 3 * needed < peak / 2, (found, needed, peak)
 
 
+def test_the_record_of_a_long_stream_holds_what_is_needed(monkeypatch):
+    problem = network_problem("stateless", [600], seed=0)
+    search = problem.search({"search_type": "maes", "beam_size": 3, "expansion_gamma": 5.0})
+    used = {}
+    for tidy in (50, 10**9):
+        monkeypatch.setattr(search_module, "TIDY", tidy)
+        streams = search.streams()
+        stream, used[tidy] = streams.open(), 0
+        for piece in problem.utterance(0).split(4):
+            streams.push({stream: piece})
+            used[tidy] = max(used[tidy], streams._search.traces.used)
+        labels = len(streams.close(stream)[0].yseq) - 1
+    assert labels > 20 and used[50] < 50 + 3 * labels < used[10**9] / 10, (used, labels)
+
+
 def test_a_stream_without_frames_has_the_start_alone():
     problem = tabled_problem([3])
     streams = problem.search({"search_type": "maes"} | {"beam_size": 1}).streams()
