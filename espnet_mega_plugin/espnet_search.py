@@ -33,7 +33,8 @@ class TimedHypothesis(ESPnetHypothesis):
 class BatchedBeamSearch(BeamSearchTransducer):
     """ESPnet's BeamSearchTransducer, its arguments and answers, by the batched search.
 
-    Partial results of a stream are best first and lists of their own. `lm` may be any language model of ESPnet's.
+    Partial results of a stream are best first and lists of their own. `lm` may be any language model of ESPnet's; it
+    changes no label of greedy_batched, which warns.
 
     Raises:
         TypeError, ValueError: an argument the search cannot take; the message names it.

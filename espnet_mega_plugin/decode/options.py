@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log_level", type=str.upper, default="WARNING", choices=LOG_LEVELS, help="what is logged")
     parser.add_argument("--output_dir", help="folder for the results (required)")
     parser.add_argument("--progress", default="bar", choices=PROGRESS, help="on stderr; lines: for programs, on stdout")
-    flag(parser, "--display_hypotheses", False, "log each best hypothesis, and partial ones when streaming")
+    flag(parser, "--display_hypotheses", False, "log best hypotheses, and partial ones when streaming")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -223,12 +223,21 @@ def _parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("language models and phrases")
     group.add_argument("--lm_train_config", type=text_or_none, help="config.yaml of a language model (beside lm_file)")
-    group.add_argument("--lm_file", type=text_or_none, help="language model trained with ESPnet, LSTM or Transformer")
+    group.add_argument(
+        "--lm_file",
+        type=text_or_none,
+        help="language model trained with ESPnet, LSTM or Transformer; changes no word of greedy",
+    )
     group.add_argument("--lm_weight", type=float, default=1.0, help="weight of the language model")
-    group.add_argument("--ngram_file", type=text_or_none, help="n-gram model over the tokens, ARPA, plain or gzip")
+    group.add_argument(
+        "--ngram_file", type=text_or_none, help="n-gram model over the tokens, ARPA, plain or gzip; no more of greedy"
+    )
     group.add_argument("--ngram_weight", type=float, default=0.5, help="weight of the n-gram model")
     group.add_argument(
-        "--phrases", type=text_or_none, help="phrases to prefer, one a line, a tab and its weight behind"
+        "--phrases",
+        type=text_or_none,
+        help="phrases to prefer, one a line, a tab and its weight behind; greedy prefers none, and maes takes no label "
+        "beyond its beam_size + expansion_beta most probable tokens or expansion_gamma behind the best",
     )
     group.add_argument("--phrase_weight", type=float, default=1.0, help="of phrases without one, nats a label")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class BatchedSpeech2Text:
         ngram_file, ngram_weight: n-gram language model over the model's tokens, in ARPA form, plain or gzip.
         phrases: phrases to prefer: a file (one a line, a tab and a weight behind it if wanted), or texts, or pairs of
             text and weight.
-        phrase_weight: of phrases without one, nats a label.
+        phrase_weight: of phrases without one, nats a label. Neither phrases nor language models change greedy's words,
+            or bring in what mAES does not look at (`BatchedSearch`).
         encoder_batches: alone, padded (`encoding.py`), or auto: padded on a GPU where it is exact, else alone.
 
     Attributes:
@@ -110,6 +112,12 @@ class BatchedSpeech2Text:
         weights_of = {"lm_weight": lm_weight, "ngram_weight": ngram_weight, "phrase_weight": phrase_weight}
         for name, weight in weights_of.items():
             check_weight(name, weight)
+        for name, flag in {"quantize_asr_model": quantize_asr_model, "streaming": streaming}.items():
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False; got {flag!r}.")
+        if isinstance(left_context, bool) or not isinstance(left_context, Integral):
+            raise TypeError(f"left_context must be an integer, encoder frames; got {left_context!r}.")
+        _check_device(device)
         config, weights = _model_files(asr_train_config, asr_model_file)
         search_options = _search_options(beam_search_config)
         attach()
@@ -375,6 +383,16 @@ def _check_weights_are_of(model: nn.Module, args: Any, config: Path, weights: Pa
 def _check_one_of(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
+
+
+def _check_device(device: str) -> None:
+    if not isinstance(device, str):  # ESPnet refuses a torch.device, without its name
+        raise TypeError(f"device must be a text, as cpu or cuda; got {device!r}.")
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # the first: a torch without CUDA
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device must be one that torch has here, as cpu or cuda; got {device!r}: {reason}") from error
 
 
 def _model_files(config: str | Path | None, weights: str | Path | None) -> tuple[Path, Path]:

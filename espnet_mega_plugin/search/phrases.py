@@ -33,6 +33,8 @@ from espnet_mega_plugin.search.trie import Trie, TrieScorer
 
 Phrase = tuple[Sequence[int], float]  # labels, weight for each of them
 
+LARGEST = torch.finfo(torch.float32).max  # what a search may add to a score
+
 
 def read_phrases(
     path: str | Path,
@@ -49,7 +51,7 @@ def read_phrases(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a weight is no number, or a phrase is nothing, or has what is no token; names the line.
+        ValueError: a weight is no number or too large, or a phrase is nothing, or has what is no token; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,7 +66,10 @@ def read_phrases(
             text, tab, given = line.partition("\t")
             where = f"{path}:{number}"
             value = _weight(given.strip(), where) if tab else weight
-            phrases.append((_labels(text.strip(), tokenize, unknown, where), value))
+            labels = _labels(text.strip(), tokenize, unknown, where)
+            if abs(value) * len(labels) > LARGEST:
+                raise ValueError(f"{where}: a weight of {value:g} for {len(labels)} labels is more than float32 holds.")
+            phrases.append((labels, value))
     return phrases
 
 
@@ -102,7 +107,8 @@ class PhraseScorer(TrieScorer):
         largest: the most one label can gain.
 
     Raises:
-        ValueError: a phrase has no labels or others than 1 to V - 1, or its weight is not a finite number.
+        ValueError: a phrase has no labels or others than 1 to V - 1, or its weight is not a finite number; the weights
+            add up to more than `dtype` holds.
     """
 
     def __init__(
@@ -121,6 +127,8 @@ class PhraseScorer(TrieScorer):
             paid[level] = weight[level] * trie.depth[level] + paid[trie.fail[level]]
             loan[level] = torch.maximum(loan[level], loan[trie.fail[level]])
         gain = paid[1:] + loan[1:] - loan[trie.parent[1:]]
+        if not bool(torch.cat((gain, loan)).to(dtype).isfinite().all()):
+            raise ValueError(f"phrases: the weights add up to more than {dtype} holds; take smaller ones.")
         super().__init__(trie, gain, loan[trie.fail] - loan, 0.0, dtype, device)
         # a label that its node has no arc for gains what the fail node's arc gains, less what is given back
         self.largest = max(0.0, float(self._gain.max()))

@@ -10,6 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ class BatchedSearch:
 
     Each search gives what ESPnet's algorithm of the same name gives for each utterance alone, hypothesis by hypothesis
     and score by score, wherever that is right (the README lists where it is not). `greedy` takes the best token, at
-    most `nstep` labels a frame: mAES with a beam of 1 and no more candidates.
+    most `nstep` labels a frame: mAES with a beam of 1 and no more candidates. What is fused changes its scores, never
+    its labels. mAES, too, chooses the tokens it looks at (`beam_size + expansion_beta` of them, within
+    `expansion_gamma` of the best) before anything is added: no bonus brings another one in.
 
     Args:
         decoder: the prediction network: the plugin's MEGA decoder or any of ESPnet's.
@@ -99,7 +102,8 @@ class BatchedSearch:
         if not isinstance(cuda_graphs, (bool, type(None))):
             raise TypeError(f"cuda_graphs must be True, False or None; got {cuda_graphs!r}.")
         if isinstance(expansion_gamma, bool) or not isinstance(expansion_gamma, (int, float)):
-            raise TypeError(f"expansion_gamma must be a number; got {expansion_gamma!r}.")
+            hint = _without_exponent(expansion_gamma)
+            raise TypeError(f"expansion_gamma must be a number; got {expansion_gamma!r}{hint}.")
         if not expansion_gamma >= 0:
             raise ValueError(f"expansion_gamma must not be negative; got {expansion_gamma}.")
         if search_type not in SEARCH_TYPES:
@@ -120,6 +124,11 @@ class BatchedSearch:
         self.max_sym_exp, self.u_max, self.window = max_sym_exp, u_max, window
         self.nstep, self.expansion_gamma, self.expansion_beta = nstep, expansion_gamma, expansion_beta
         self.fusion = all_fusions(fusion)
+        if search_type == "greedy" and self.fusion:
+            _log.warning(
+                "search_type greedy takes the most probable token whatever language models, n-grams and phrases add: "
+                "they change its scores, not its labels. Search with maes to have them heard."
+            )
         graphs = switched_on() if cuda_graphs is None else cuda_graphs
         self.recorder_for: RecorderFor | None = CudaGraphs if graphs else None
         self._recorders: dict[tuple[torch.device, int], Recorder] = {}  # of a device and a thread
@@ -329,6 +338,16 @@ class Streams:
         if stream not in self._places:
             raise KeyError(f"stream {stream!r} is not open; open are {sorted(self._places)}.")
         return self._places[stream]
+
+
+def _without_exponent(given: Any) -> str:
+    """How to write a number that YAML, which wants a point and a sign in 1.0e+5, has read as text."""
+    try:
+        number = Decimal(given) if isinstance(given, str) else Decimal("NaN")
+    except InvalidOperation:
+        return ""
+    written = f"{number:f}"
+    return f", a text; in YAML write {written if '.' in written else f'{written}.0'}" if number.is_finite() else ""
 
 
 def _check_size(joint_network: nn.Module, name: str, frames: Tensor) -> None:

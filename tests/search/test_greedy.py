@@ -4,7 +4,11 @@ import random
 
 import plain
 import pytest
+import torch
+from search_oracles import SequenceScorer
 from search_problems import WINDOWS, assert_same, assert_same_nbest, network_problem, random_lengths, tabled_problem
+
+from espnet_mega_plugin.search.scorer import Fusion
 
 
 def test_it_is_the_loop_over_best_tokens():
@@ -29,6 +33,24 @@ def test_beam_options_are_not_its_business():
     problem = tabled_problem([5, 3])
     want = problem.found({"search_type": "greedy"})
     assert_same(problem.found({"search_type": "greedy", "beam_size": 100, "expansion_beta": 50}), want)
+
+
+def test_what_is_fused_changes_no_label_and_that_is_said(caplog):
+    """And of mAES no label that lies behind its candidates."""
+    logits = [0.0, -5.0, -1.0, -9.0]
+    problem = tabled_problem([3], V=4, table=lambda t, labels: logits)
+    likes = SequenceScorer(lambda sequences: torch.tensor([[0.0, 8.0, 8.0, 8.0]] * len(sequences)))
+    likes.largest = 8.0
+    fusion = Fusion(likes, 1.0)
+    for options in ({"search_type": "greedy"}, {"search_type": "maes", "beam_size": 2, "expansion_gamma": 0.5}):
+        assert [one.yseq for one in problem.found(options, fusion=fusion)[0]] == [[0]]
+    found = problem.found({"search_type": "maes", "beam_size": 2, "expansion_gamma": 2.3}, fusion=fusion)
+    assert set(found[0][0].yseq[1:]) == {2}  # within gamma; 1 would be no worse with the bonus, but is not looked at
+    said = [message for message in caplog.messages if message.startswith("search_type greedy takes the most probable")]
+    assert len(said) == 1
+    caplog.clear()
+    problem.found({"search_type": "greedy"})
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])

@@ -149,6 +149,7 @@ def test_no_score_is_above_the_largest_in_any_precision(dtype):
         (([5], 1.0), r"phrases\[1\] has the labels \[5\]"),
         (([1], "much"), r"phrases\[1\] has the weight 'much'; expected a finite number"),
         (([1], float("nan")), r"phrases\[1\] has the weight nan"),
+        (([1], 1e39), r"phrases: the weights add up to more than torch\.float32 holds; take smaller ones"),
     ],
 )
 def test_what_is_no_phrase_is_refused(phrase, message):
@@ -179,6 +180,8 @@ def test_a_list_of_phrases(tmp_path):
         ("ab\tinf", "behind the tab stands 'inf'"),
         ("ab\t1\t2", r"behind the tab stands '1\\t2'"),
         ("\t2", "'' has no tokens; expected a phrase"),
+        ("ab\t-1e39", r"a weight of -1e\+39 for 2 labels is more than float32 holds\."),
+        ("ab\t2e38", r"a weight of 2e\+38 for 2 labels is more than float32 holds\."),
         ("a7b", r"'a7b' has something the model has no token for \(label 1 at place 2 of 3\)"),
     ],
 )

@@ -27,6 +27,10 @@ ARGUMENTS = [  # V is 6
     ({"expansion_gamma": -0.1}, ValueError, "expansion_gamma must not be negative; got -0.1"),
     ({"expansion_gamma": math.nan}, ValueError, "expansion_gamma .* got nan"),
     ({"expansion_gamma": "2.3"}, TypeError, "expansion_gamma must be a number; got '2.3'"),
+    ({"expansion_gamma": "1e5"}, TypeError, "got '1e5', a text; in YAML write 100000.0"),  # as PyYAML reads it
+    ({"expansion_gamma": "wide"}, TypeError, r"expansion_gamma must be a number; got 'wide'\.$"),
+    ({"expansion_gamma": "inf"}, TypeError, r"expansion_gamma must be a number; got 'inf'\.$"),
+    ({"expansion_gamma": None}, TypeError, r"expansion_gamma must be a number; got None\.$"),
     ({"nbest": 0}, ValueError, "nbest must be at least 1; got 0"),
     ({"window": 0}, ValueError, "window must be at least 1; got 0"),
     ({"fusion": ["lm"]}, TypeError, r"fusion holds Fusion\(scorer, weight\) entries; got str"),
