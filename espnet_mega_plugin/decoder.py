@@ -107,8 +107,12 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether steps of up to 32 hypotheses on a GPU are recorded once as CUDA graphs and replayed. May be set at
-        any time; at first true where the environment says ESPNET_MEGA_PLUGIN_CUDA_GRAPHS=1."""
+        """Whether steps of up to 32 hypotheses on a GPU are recorded once as CUDA graphs and replayed.
+
+        Recorded are those that attend to one table of labels together: not float16's, nor those whose hypotheses have
+        many labels of their own (`mega/prefixes.py`, FOR_NOTHING). May be set at any time; at first true where the
+        environment says ESPNET_MEGA_PLUGIN_CUDA_GRAPHS=1.
+        """
         return self.prefixes.recorder_for is CudaGraphs
 
     @cuda_graphs.setter
@@ -304,11 +308,12 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if "prev_pad" in state and "position" in state:
             return state
         rows = state["prev_key"].shape[:-1]
-        return {
-            "prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool),
-            "position": torch.full(rows[:-1], rows[-1], dtype=torch.long),
-            **state,
-        }
+        position = torch.full(rows[:-1], rows[-1], dtype=torch.long)
+        if rows[-1] == 0 and state["ema_state"].dim() > len(rows):
+            # So it is after a whole chunk, too, and with a window of one label; but then labels were averaged
+            begun = state["ema_state"].flatten(len(rows) - 1).any(-1).cpu()
+            position = torch.where(begun, max(1, self.chunk_size), position)
+        return {"prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool), "position": position, **state}
 
     def _completed(self, states: Documented) -> Documented:
         """All blocks' states with all keys."""

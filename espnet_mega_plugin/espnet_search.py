@@ -150,7 +150,8 @@ class BatchedErrorCalculator(ErrorCalculator):
             target: labels, padded with blank. (B, L)
             encoder_out_lens: (B,)
         """
-        encoder_out = encoder_out.to(next(self.decoder.parameters()).device)
+        # by a weight: a replica of DataParallel has no parameters
+        encoder_out = encoder_out.to(self.beam_search.joint_network.lin_out.weight.device)
         lists = self.beam_search(encoder_out, encoder_out_lens.to(encoder_out.device).clamp(max=encoder_out.shape[1]))
         best = [nbest[0].yseq[1:] if nbest else [] for nbest in lists]  # none: the scores are not numbers
         found, wanted = self.convert_to_char(best, target)

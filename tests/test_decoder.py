@@ -764,3 +764,18 @@ def test_weights_that_do_not_fit_are_refused_with_their_names(seed):
         torch.nn.ModuleDict({"decoder": MEGADecoder(12, **SMALL)}).load_state_dict(weights, strict=False)
     with pytest.raises(ValueError, match="missing"):
         model["decoder"].load_state_dict({})
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 3}, {"attention_window": 1}])
+def test_a_state_built_by_hand_of_averages_alone_is_not_the_beginning(options, seed):
+    """After a whole chunk, or with a window of one label, no key is left; padding counts from the second label on."""
+    model = perturbed(MEGADecoder(7, **SMALL, **options, embed_pad=5)).double().eval()
+    labels, state = [0, 1, 2], model.init_state(1)
+    for t in range(3):
+        _, state = model.score(labels[: t + 1], state)
+    by_hand = [{name: block[name].clone() for name in ("ema_state", "prev_key", "prev_value")} for block in state]
+    assert by_hand[0]["prev_key"].shape[-2] == 0
+    out, _ = model.score([*labels, 5], by_hand)
+    torch.testing.assert_close(out, model(torch.tensor([[*labels, 5]]))[:, -1], rtol=1e-9, atol=1e-9)
+    first, _ = model.score([5], [{name: block[name] for name in by_hand[0]} for block in model.init_state(1)])
+    torch.testing.assert_close(first, model(torch.tensor([[5]]))[:, -1], rtol=1e-9, atol=1e-9)

@@ -7,6 +7,7 @@ own memory; where the weights never changed, also `forward` over the whole prefi
 import copy
 import gc
 import pickle
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -21,7 +22,10 @@ from espnet2.asr_transducer.joint_network import JointNetwork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, multiple, rule
+from no_waiting import NoWaiting
 from replayed import replaying
+from replicas import replica
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega import prefixes
@@ -29,7 +33,7 @@ from espnet_mega_plugin.mega.packed import COLUMNS, PackedLayers
 from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
 from espnet_mega_plugin.mega.state import MegaMemory
-from espnet_mega_plugin.mega.step import Constants, Past, step
+from espnet_mega_plugin.mega.step import Constants, Past, Together, step
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = {"block_size": 12, "linear_size": 10, "qk_size": 6, "v_size": 14, "num_heads": 2, "num_blocks": 2}
@@ -390,10 +394,107 @@ def test_threads_share_what_the_weights_mean_for_a_step(seed):
         sys.setswitchinterval(between)
 
 
+@torch.no_grad()
 def test_a_replica_of_data_parallel_remembers_for_itself(seed):
     model = decoder()
-    replica = model._replicate_for_data_parallel()
-    assert replica.prefixes is not model.prefixes
+    copied = replica(model)
+    assert copied.prefixes is not model.prefixes
+    state = copied.init_state(1)
+    for t in range(3):
+        out, state = copied.score([0, 3, 1][: t + 1], state)
+    torch.testing.assert_close(out, model(torch.tensor([[0, 3, 1]]))[:, -1], **EXACT)
+    copied.embed.weight.mul_(2.0)
+    out, _ = copied.score([0], copied.init_state(1))
+    torch.testing.assert_close(out, copied(torch.tensor([[0]]))[:, -1], **EXACT)
+    assert copied.label_scorer() is not None and model.prefixes.evaluated == 0
+
+
+def test_what_others_made_of_infinite_numbers_is_not_seen(seed):
+    """float16: places that fill up hold rows of other hypotheses, and 0 * inf is NaN."""
+    model = decoder(9, dtype=torch.float32)
+    with torch.no_grad():
+        model.mega_blocks[0][0].proj_v.weight.abs_().mul_(100)
+        model.embed.weight[5] = 6e4
+    model.half()
+    start = model.init_state(1)
+    kept = model.score([5], start)[1]
+    assert not model.prefixes.tables.labels.tensors[0][:, 0].isfinite().all() and kept is not None
+    (_, a), (_, b) = model.score([1], start), model.score([1], start)
+    b = model.score([1, 2], b)[1]
+    out, _ = model.batch_score([Hypothesis(0.0, [1, 3], a), Hypothesis(0.0, [1, 2, 3], b)])
+    want = torch.stack([model(torch.tensor([labels]))[0, -1] for labels in ([1, 3], [1, 2, 3])])
+    assert want.isfinite().all()
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
+def test_what_old_weights_meant_for_a_step_is_let_go(seed):
+    """Without a reset: it holds a copy of the weights."""
+    model, alive = decoder(), lambda: sum(type(one) is Constants for one in gc.get_objects())
+    gc.collect()
+    before, labels, state = alive(), [0], model.init_state(1)
+    for t in range(12):
+        with torch.no_grad():
+            model.final_norm.bias.add_(0.01)
+        _, state = model.score(labels, state)
+        labels.append(1 + t % 4)
+    gc.collect()
+    assert alive() == before + 1
+
+
+def test_weights_that_count_no_changes_are_never_remembered(seed):
+    """Made in inference mode, where torch counts none."""
+    with torch.inference_mode():
+        model = perturbed(MEGADecoder(5, **SMALL)).double().eval()
+        for factor in (1.0, 2.0):
+            model.embed.weight.mul_(factor)
+            out, _ = model.score([3], model.init_state(1))
+            torch.testing.assert_close(out, model(torch.tensor([[3]]))[:, -1], **EXACT)
+        model.load_state_dict({name: 1.5 * x for name, x in model.state_dict().items()})
+        out, _ = model.score([3], model.init_state(1))
+        torch.testing.assert_close(out, model(torch.tensor([[3]]))[:, -1], **EXACT)
+
+
+def test_rows_of_states_built_by_hand_are_not_taken_for_each_other(seed):
+    """The buffer of what was gathered last must not outlive those whose rows it holds."""
+    model, states = decoder(7), []
+    for labels in ([0, 1, 2, 3], [0, 4, 5, 6]):
+        _, state = model.inference(torch.tensor([labels]), model.init_state(1))
+        names = ("ema_state", "prev_key", "prev_value")
+        states.append((labels, [{name: block[name][0] for name in names} for block in state]))
+    model.prefixes.remembered = 0
+    for labels, state in states * 2:
+        out = model.score([*labels, 2], state)[0]  # its state is let go, and the rows with it
+        torch.testing.assert_close(out, model(torch.tensor([[*labels, 2]]))[:, -1], **EXACT)
+
+
+def test_tables_do_not_fit_another_device_or_dtype(seed):
+    """Rows of one device are none of another's; with fake CUDA tensors, as there need be no such device."""
+    model = decoder(dtype=torch.float32)
+    model.score([0], model.init_state(1))
+    tables = model.prefixes.tables
+    assert tables.fit(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            elsewhere = MEGADecoder(5, **SMALL)
+        assert not tables.fit(elsewhere)
+    assert not tables.fit(copy.deepcopy(model).double())
+
+
+@pytest.mark.parametrize("reach", [{}, {"truncation_length": 5}, {"chunk_size": 3}, {"attention_window": 3}])
+def test_a_step_waits_for_no_device(reach):
+    """Hypotheses of different lengths on a fake CUDA device."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            model = MEGADecoder(5, **SMALL, **reach).eval()
+        with torch.no_grad():
+            start = model.init_state(1)
+            _, one = model.score([0], start)  # what the weights mean for a step is made once, and waits
+            with NoWaiting():
+                _, two = model.score([0, 1], one)
+                hypotheses = [([0, 2], one), ([0, 1, 3], two), ([0], start)]
+                out, states = model.batch_score([Hypothesis(0.0, *hypothesis) for hypothesis in hypotheses])
+                model.batch_score([Hypothesis(0.0, [0, 2, 1], model.select_state(states, 0))])
+    assert out.device.type == "cuda" and out.shape == (3, 12)
 
 
 # -- states
@@ -440,8 +541,9 @@ class Step(torch.nn.Module):
         super().__init__()
         self.model, self.constants = model, constants
 
-    def forward(self, labels, ema, shared, own, bias):
-        out, fresh = step(self.model, self.constants, labels, None, Past(ema, None, shared, own, bias))
+    def forward(self, labels, ema, *past):
+        kind = Past(ema, None, *past) if len(past) == 3 else Together(ema, None, past[0].clone(), past[1])
+        out, fresh = step(self.model, self.constants, labels, None, kind)
         return out, fresh.ema, fresh.keys_values
 
 
@@ -458,6 +560,12 @@ def step_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tenso
     )
 
 
+def together_inputs(model: MEGADecoder, B: int, P: int, T: int) -> tuple[torch.Tensor, ...]:
+    labels, ema, shared, _, bias = step_inputs(model, B, P + T * B, B - 1)
+    table = torch.cat([shared, torch.zeros(len(shared), B, shared.shape[2])], 1)
+    return labels, ema, table, bias  # (blocks, B, U + B)
+
+
 def a_step() -> Step:
     model = decoder(dtype=torch.float32)
     model.score([0], model.init_state(1))
@@ -467,7 +575,7 @@ def a_step() -> Step:
 def test_the_step_is_exported_for_any_sizes(seed):
     module = a_step()
     B, P, T = (torch.export.Dim(name, min=2, max=64) for name in ("hypotheses", "shared", "own"))
-    shapes = ({0: B}, {1: B}, {1: P}, {1: B, 2: T}, {1: B, 2: torch.export.Dim.AUTO})
+    shapes = ({0: B}, {1: B}, ({1: P}, {1: B, 2: T}, {1: B, 2: torch.export.Dim.AUTO}))
     with torch.no_grad():
         exported = torch.export.export(module, step_inputs(module.model, 9, 6, 4), dynamic_shapes=shapes).module()
         for sizes in ((9, 6, 4), (12, 30, 3)):
@@ -475,14 +583,71 @@ def test_the_step_is_exported_for_any_sizes(seed):
             torch.testing.assert_close(exported(*inputs), module(*inputs))
 
 
-def test_the_step_is_one_graph_for_torch_compile(seed):
-    """Without the C++ compiler that code generation would need."""
+def test_the_step_of_hypotheses_together_is_exported_for_any_sizes(seed):
+    module, auto = a_step(), torch.export.Dim.AUTO
+    shapes = ({0: auto}, {1: auto}, ({1: auto}, {1: auto, 2: auto}))  # the last two are *past
+    with torch.no_grad():
+        inputs = together_inputs(module.model, 9, 6, 4)
+        exported = torch.export.export(module, inputs, dynamic_shapes=shapes).module()
+        for sizes in ((9, 6, 4), (5, 30, 3)):
+            inputs = together_inputs(module.model, *sizes)
+            torch.testing.assert_close(exported(*inputs), module(*inputs))
+
+
+# Without the C++ compiler that code generation needs, and with it
+BACKENDS = [
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++)")],
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("made", [step_inputs, together_inputs])
+def test_the_step_is_one_graph_for_torch_compile(made, backend, seed):
     module = a_step()
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     with torch.no_grad():
         for sizes in ((9, 6, 4), (12, 30, 3), (3, 5, 2)):
-            inputs = step_inputs(module.model, *sizes)
-            torch.testing.assert_close(compiled(*inputs), module(*inputs))
+            inputs = made(module.model, *sizes)
+            torch.testing.assert_close(compiled(*inputs), module(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_is_one_graph_for_torch_compile(backend, seed):
+    model = decoder(dtype=torch.float32, num_blocks=1).train()
+    compiled, labels = torch.compile(model, fullgraph=True, backend=backend), torch.randint(1, 5, (3, 7))
+    found, wanted = (
+        torch.autograd.grad(run(labels).square().sum(), [*model.parameters()]) for run in (compiled, model)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("configuration", REACHES)
+def test_no_checkpoint_holds_integers(configuration):
+    """Averaging checkpoints would sum them (`average_nbest_models`)."""
+    held = decoder(**configuration).state_dict()
+    assert held and all(tensor.is_floating_point() for tensor in held.values())
+
+
+def test_an_average_of_checkpoints_is_the_mean_of_their_weights(tmp_path, seed):
+    from espnet2.main_funcs.average_nbest_models import average_nbest_models
+    from espnet2.train.reporter import Reporter
+
+    models, reporter = [decoder(seed=number) for number in (1, 2)], Reporter()
+    for epoch, model in enumerate(models, 1):
+        torch.save(model.state_dict(), tmp_path / f"{epoch}epoch.pth")
+        reporter.set_epoch(epoch)
+        with reporter.observe("valid") as sub:
+            sub.register({"loss": float(epoch)})
+            sub.next()
+    average_nbest_models(tmp_path, reporter, [("valid", "loss", "min")], 2)
+    averaged = decoder()
+    averaged.load_state_dict(torch.load(tmp_path / "valid.loss.ave.pth"))
+    for name, tensor in averaged.state_dict().items():
+        torch.testing.assert_close(tensor, sum(model.state_dict()[name] for model in models) / 2)
 
 
 @pytest.mark.parametrize("few", [0, 7])  # as on Intel's processors and elsewhere

@@ -3,7 +3,8 @@
 A `Prefix` is a sequence of labels with what the network made of it: the moving average's state and the output after
 the last label (one row of the table `ends`), and a row of keys and values for each label that can still be attended to
 (table `labels`, shared with every longer prefix). Rows go back when the last prefix that needs them is forgotten, so
-memory grows with the distinct labels in use, not with their square.
+the tables grow with the distinct labels in use. Beside them each prefix lists its rows, 24 bytes a label that it can
+attend to: up to `remembered` lists as long as the history are kept.
 
 `PrefixMemory.extend` goes on from prefixes by one label each. It answers from memory where that very prefix has been
 extended by that label with these weights; all others are evaluated in one flat step (`step.py`).
@@ -72,7 +73,7 @@ class Prefix:
         self.attended = attended  # how many of them the next label may attend to
         self.rows = NO_ROWS  # their indices
         self.padded: np.ndarray | None = None  # which of them are padding, where any is
-        self.children: dict[int, tuple[Constants, weakref.ref[Prefix]]] = {}
+        self.children: dict[int, tuple[int, weakref.ref[Prefix]]] = {}  # by label, with the constants' serial
 
 
 class PrefixMemory:
@@ -339,6 +340,10 @@ class PrefixMemory:
         index = torch.from_numpy(own).to(tables.device, non_blocking=True).flatten()
         held = tables.labels.tensors[0]
         gathered = self._gathered(held, index).view(held.shape[0], len(rows), T, held.shape[2])
+        if constants.half and T:
+            # what fills up is another label's, which may be infinite there, and 0 * inf is NaN
+            hidden = torch.from_numpy(distance[:, P:-1] < 0).to(tables.device, non_blocking=True)
+            gathered = gathered.masked_fill_(hidden[None, :, :, None], 0.0)
         return self._gathered_once(prefixes[0], rows[0][:P]), gathered, self._bias(network, constants, distance)
 
     def _gathered_once(self, prefix: Prefix, rows: np.ndarray, more: int = 0) -> Tensor:
@@ -399,12 +404,12 @@ class PrefixMemory:
         inputs = inputs.view(inputs.shape[0], *index.shape, -1)
         if not before.any():
             return inputs
-        return inputs.masked_fill(torch.from_numpy(before).to(of_labels.device)[..., None], 0.0)
+        return inputs.masked_fill(torch.from_numpy(before).to(of_labels.device, non_blocking=True)[..., None], 0.0)
 
 
 def _known(prefix: Prefix, label: int, constants: Constants) -> Prefix | None:
     made_with, child = prefix.children.get(label, (None, None))
-    return child() if made_with is constants else None
+    return child() if made_with == constants.serial else None
 
 
 def _child(network, constants: Constants, prefix: Prefix, label: int, padded: bool, label_row: Row, end_row: Row):
@@ -419,7 +424,7 @@ def _child(network, constants: Constants, prefix: Prefix, label: int, padded: bo
         before = np.zeros(len(prefix.rows), dtype=bool) if prefix.padded is None else prefix.padded
         marks = np.append(before, padded)[len(rows) - attended :]
         child.padded = marks if marks.any() else None
-    prefix.children[label] = (constants, weakref.ref(child))
+    prefix.children[label] = (constants.serial, weakref.ref(child))
     return child
 
 

@@ -13,6 +13,7 @@ E value size.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from espnet_mega_plugin.mega.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
     from espnet_mega_plugin.mega.network import MegaNetwork
+
+
+_serial = itertools.count()
 
 
 class Past(NamedTuple):
@@ -53,7 +57,7 @@ class Together(NamedTuple):
 
     def attend(self, b: int, query: Tensor, key_value: Tensor, dtype: torch.dtype) -> Tensor:
         labels, S = self.labels[b], query.shape[1]
-        labels[-len(query) :] = key_value
+        labels[labels.shape[0] - query.shape[0] :] = key_value  # len() would fix the size of an exported graph
         scores = torch.addmm(self.bias[b].to(query.dtype), query, labels[:, :S].T.to(query.dtype))
         return softmax(scores).to(dtype) @ labels[:, S:].to(dtype)
 
@@ -71,6 +75,7 @@ class Constants:
 
     def __init__(self, network: MegaNetwork):
         weight = network.embed.weight
+        self.serial = next(_serial)
         # Where numbers end at 65,504, labels that are hidden may be infinite, and 0 * inf is NaN
         self.half = torch.float16 in (weight.dtype, autocast_dtype(weight.device))
         with without_autocast(weight.device):

@@ -2,7 +2,8 @@
 
 Seen are a change in place as autograd sees it (`load_state_dict`, any in-place operation), an optimiser's step (a fused
 one writes behind autograd's back), another tensor behind a parameter, another parameter, another submodule, autocast
-switched. Not seen is any other write behind autograd's back, through `.data`.
+switched. Not seen is any other write behind autograd's back: through `.data`, through a NumPy view, by torch's fused
+optimiser functions called by hand.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ class Weights:
 
     def __init__(self, network: nn.Module):
         # Views of each module's own dicts of submodules and parameters: a walk through a network takes far longer
-        dicts = (held for module in network.modules() for held in (module._modules, module._parameters))
-        self._held = [held.values() for held in dicts if held]
+        modules = [*network.modules()]
+        own = [*map(_parameters, modules)]
+        self._held = [held.values() for held in (*(module._modules for module in modules), *own) if held]
         self._entries = [*chain.from_iterable(self._held)]
-        self._parameters = list(network.parameters())
+        by_identity = {id(one): one for held in own for one in held.values() if one is not None}
+        self._parameters = [*by_identity.values()]
+        # Made in inference mode they have no number that grows, so they may be others at any time
+        self._unseen = any(map(torch.Tensor.is_inference, self._parameters))
         self._steps = _steps
         self._changes = self._changes_now()
         # Held, so that no tensor made later lies where one of these does
@@ -47,7 +52,8 @@ class Weights:
 
     def unchanged(self) -> bool:
         return (
-            self._steps == _steps
+            not self._unseen
+            and self._steps == _steps
             and sum(map(len, self._held)) == len(self._entries)
             and all(map(is_, chain.from_iterable(self._held), self._entries))
             and self._changes_now() == self._changes
@@ -65,7 +71,9 @@ class Weights:
         return [*map(torch.Tensor.data_ptr, self._parameters)]
 
     def _changes_now(self) -> int:
-        try:
-            return sum(map(_version, self._parameters))  # a parameter's own number only grows
-        except RuntimeError:  # tensors made in inference mode have none
-            return sum(parameter._version for parameter in self._parameters if not parameter.is_inference())
+        return 0 if self._unseen else sum(map(_version, self._parameters))  # a parameter's own number only grows
+
+
+def _parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's own; in a replica of DataParallel they are plain tensors, kept elsewhere."""
+    return getattr(module, "_former_parameters", None) or module._parameters

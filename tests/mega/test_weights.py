@@ -134,7 +134,4 @@ def test_use_is_no_change(network):
 def test_parameters_made_in_inference_mode(seed):
     with torch.inference_mode():
         network = MEGADecoder(5, **SMALL)
-    weights = Weights(network)
-    assert weights.unchanged()
-    other_parameter(network)
-    assert not weights.unchanged()
+    assert not Weights(network).unchanged()  # torch counts no changes of theirs: they may be others at any time

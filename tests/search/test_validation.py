@@ -11,6 +11,7 @@ from espnet2.asr_transducer.error_calculator import ErrorCalculator
 from espnet2.asr_transducer.joint_network import JointNetwork
 from espnet2.tasks.asr_transducer import ASRTransducerTask
 from espnet2.utils.get_default_kwargs import get_default_kwargs
+from replicas import replica
 from tiny_experiment import DECODERS, TOKENS, configuration
 
 from espnet_mega_plugin.espnet_search import BatchedErrorCalculator
@@ -115,3 +116,14 @@ def test_small_vocabularies_and_empty_references():
     assert cer == sum(map(len, text)) and wer == sum(len(t.replace("▁", " ").split()) for t in text)
     assert calculator.calculate_cer([""], [""]) == calculator.calculate_wer([""], [""]) == 0.0
     assert calculator.calculate_cer(["ab"], ["a"]) == 1.0
+
+
+@pytest.mark.parametrize("decoder", ["mega", "rnn"])
+@torch.no_grad()
+def test_a_replica_of_data_parallel_validates(decoder, seed):
+    """ESPnet runs `--ngpu N` without multiprocessing_distributed so; replicas have no parameters."""
+    whole = model(decoder)
+    speech, lengths, text, text_lengths = batch()
+    (_, want, _), (_, found, _) = (one(speech, lengths, text, text_lengths) for one in (whole, replica(whole)))
+    for name in ("loss", "cer_transducer", "wer_transducer"):
+        torch.testing.assert_close(found[name], want[name])
