@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import math
 import pickle
 
 import pytest
@@ -21,6 +22,7 @@ from tiny_experiment import audio, experiment, table, waveform
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.espnet_search import BatchedBeamSearch
+from espnet_mega_plugin.rnnt import rnnt_loss
 
 V, D_ENC, T = 9, 5, 17
 OPTIONS = {
@@ -190,6 +192,31 @@ def test_espnets_speech2text_takes_it_and_gives_times(made):
         results.append(speech2text.hypotheses_to_results(speech2text(waveform(1.0, 7)))[0])
     (text, tokens, ids, hypothesis), theirs = results[1], results[0]
     assert (text, tokens, ids) == theirs[:3] and len(hypothesis.frames) == len(ids)
+
+
+@pytest.mark.parametrize("search_type", ["default", "tsd", "alsd", "maes", "maes_batched"])
+@torch.no_grad()
+def test_espnets_speech2text_quantises_the_decoder(search_type, made):
+    """`--quantize_asr_model true`: the score is about what the quantised network itself gives the labels.
+
+    Not more exactly, as int8 products have one scale for all rows of a call, and a search makes other calls; where
+    labels a frame have no cap, random weights make more of that, and only that there is a result is asked.
+    """
+    _, parts = made
+    options = {"quantize_asr_model": True, "quantize_modules": ["Linear", "LSTM"], **parts["whole"]}
+    speech2text = Speech2Text(**options, beam_search_config={"search_type": search_type})
+    model = speech2text.asr_model
+    assert any("quantized" in type(one).__module__ for one in model.decoder.modules())
+    speech = torch.from_numpy(waveform(1.0, 7))
+    best = speech2text(speech)[0]
+    labels = [label for label in best.yseq if label != 0]
+    frames = model.encode(speech[None], torch.tensor([len(speech)]))[0]
+    logits = model.joint_network(frames[:, :, None], model.decoder(torch.tensor([[0, *labels]]))[:, None])
+    lengths = torch.tensor([frames.shape[1]]), torch.tensor([len(labels)])
+    want = -float(rnnt_loss(logits, torch.tensor([labels]).view(1, -1), *lengths, reduction="sum"))
+    assert len(labels) > 2 and float(best.score) > -math.inf
+    if search_type not in ("default", "alsd"):
+        assert float(best.score) == pytest.approx(want, rel=0.15, abs=1.5)
 
 
 HALF_IMPORTED = """
