@@ -13,10 +13,10 @@ plain weights, a single one doubled.
 
 MKL on Intel's processors reads the plain weights of few rows as fast as memory gives them: a step alternates between
 no two copies then, which share the cache badly, and ESPnet's searches take 0.5 (default), 0.8 (tsd) and 0.6 (alsd) of
-the time (`bench_search.py` with and without, Xeon with AVX-512, one thread). There only more rows are packed.
+the time (`bench_search.py` with and without, Xeon with AVX-512, one thread). There only more rows meet packed weights.
 
-The price is a second copy of these weights, made when it is first asked for. Packing is torch's own (oneDNN, the
-operators its compiler uses when it freezes weights); where a build of torch lacks it, the layers run as they are.
+The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
+freezes weights); where a build of torch lacks it, the layers run as they are.
 """
 
 from __future__ import annotations
@@ -38,25 +38,18 @@ class PackedLayers:
     def __init__(self, network: nn.Module):
         # A module's own call takes as long as the product where few numbers meet
         self._plain = {layer: (layer.weight, layer.bias) for layer in network.modules() if type(layer) is nn.Linear}
-        self._packed: dict[nn.Module, Tensor | None] = {}  # None: not yet
+        self._packed: dict[nn.Module, Tensor] = {}
         if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return
         for layer, (weight, _) in self._plain.items():
             if weight.numel() >= SMALLEST and weight.device.type == "cpu" and weight.dtype == torch.float32:
-                self._packed[layer] = None
+                try:
+                    self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+                except RuntimeError:  # a processor oneDNN has no layout for
+                    return
 
     def __contains__(self, layer: nn.Module) -> bool:
-        """Whether it is packed for more rows than a few."""
         return layer in self._packed
-
-    def _weight(self, layer: nn.Module) -> Tensor | None:
-        """Its packed weight; None where it runs as it is. Threads that ask at once both pack, to the same."""
-        if layer in self._packed and self._packed[layer] is None:
-            try:
-                self._packed[layer] = torch.ops.mkldnn._reorder_linear_weight(self._plain[layer][0].detach(), ROWS)
-            except RuntimeError:  # a processor oneDNN has no layout for
-                self._packed.pop(layer, None)
-        return self._packed.get(layer)
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What ``layer(x)`` gives, to rounding. (B, in) to (B, out)"""
@@ -72,7 +65,4 @@ class PackedLayers:
         if rows <= COLUMNS and layer.bias is not None:
             columns = (x if rows == COLUMNS else torch.cat([x] * COLUMNS)).t()
             return torch.addmm(layer.bias.unsqueeze(1), layer.weight, columns)[:, :rows].t().contiguous()
-        weight = self._weight(layer)
-        if weight is None:
-            return nn.functional.linear(x, *plain)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed[layer], layer.bias, "none", [], "")
