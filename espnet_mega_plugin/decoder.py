@@ -308,12 +308,11 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if "prev_pad" in state and "position" in state:
             return state
         rows = state["prev_key"].shape[:-1]
-        position = torch.full(rows[:-1], rows[-1], dtype=torch.long)
-        if rows[-1] == 0 and state["ema_state"].dim() > len(rows):
-            # So it is after a whole chunk, too, and with a window of one label; but then labels were averaged
-            begun = state["ema_state"].flatten(len(rows) - 1).any(-1).cpu()
-            position = torch.where(begun, max(1, self.chunk_size), position)
-        return {"prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool), "position": position, **state}
+        return {
+            "prev_pad": state["prev_key"].new_zeros(rows, dtype=torch.bool),
+            "position": torch.full(rows[:-1], rows[-1], dtype=torch.long),
+            **state,
+        }
 
     def _completed(self, states: Documented) -> Documented:
         """All blocks' states with all keys."""
@@ -324,11 +323,6 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         if len(states) != self.num_blocks:
             raise ValueError(f"states must hold one dict for each of the {self.num_blocks} blocks; got {len(states)}.")
         complete = [self._complete(state) for state in states]
-        if "position" not in states[0] and states[0]["prev_key"].shape[-2] == 1:
-            # ESPnet documents zeros of one row as the state before the first label
-            zero = [state[k].eq(0).all(-1).all(-1) for state in states for k in ("ema_state", "prev_key", "prev_value")]
-            position = 1 - torch.stack([z.reshape(-1).cpu() for z in zero]).all(0).long()
-            complete = [{**state, "position": position.reshape(state["position"].shape)} for state in complete]
         widths = {
             "ema_state": (self.output_size, self.mega_ema_num_heads),
             "prev_key": (self.mega_att_k_size,),
@@ -338,7 +332,15 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             **({} if self.truncation_length is None else {"prev_input": (self.output_size,)}),
         }
         check_shapes(complete, widths)
-        position, W = complete[0]["position"], complete[0]["prev_key"].shape[-2]
+        W = complete[0]["prev_key"].shape[-2]
+        if "position" not in states[0] and W <= 1:
+            # ESPnet documents zeros of one row as the state before the first label. Without rows, too, labels may have
+            # been averaged: after a whole chunk, or with a window of one label, the next one attends to none of them
+            zero = [state[k].eq(0).all(-1).all(-1) for state in states for k in ("ema_state", "prev_key", "prev_value")]
+            begun = 1 - torch.stack([z.reshape(-1).cpu() for z in zero]).all(0).long()
+            position = begun * (W or max(1, self.chunk_size))
+            complete = [{**state, "position": position.reshape(state["position"].shape)} for state in complete]
+        position = complete[0]["position"]
         for p in position.reshape(-1).tolist():
             if p < 0 or self.attended_labels(p) > W:
                 raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.language_model import scorer_of_lm
 from espnet_mega_plugin.search.scorer import Fusion
-from espnet_mega_plugin.search.search import BatchedSearch
+from espnet_mega_plugin.search.search import BatchedSearch, device_of
 
 SUFFIX = "_batched"
 
@@ -150,8 +150,7 @@ class BatchedErrorCalculator(ErrorCalculator):
             target: labels, padded with blank. (B, L)
             encoder_out_lens: (B,)
         """
-        # by a weight: a replica of DataParallel has no parameters
-        encoder_out = encoder_out.to(self.beam_search.joint_network.lin_out.weight.device)
+        encoder_out = encoder_out.to(device_of(self.decoder))
         lists = self.beam_search(encoder_out, encoder_out_lens.to(encoder_out.device).clamp(max=encoder_out.shape[1]))
         best = [nbest[0].yseq[1:] if nbest else [] for nbest in lists]  # none: the scores are not numbers
         found, wanted = self.convert_to_char(best, target)

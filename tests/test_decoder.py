@@ -775,7 +775,14 @@ def test_a_state_built_by_hand_of_averages_alone_is_not_the_beginning(options, s
         _, state = model.score(labels[: t + 1], state)
     by_hand = [{name: block[name].clone() for name in ("ema_state", "prev_key", "prev_value")} for block in state]
     assert by_hand[0]["prev_key"].shape[-2] == 0
-    out, _ = model.score([*labels, 5], by_hand)
-    torch.testing.assert_close(out, model(torch.tensor([[*labels, 5]]))[:, -1], rtol=1e-9, atol=1e-9)
+    as_documented = [{k: v if k == "ema_state" else v[None] for k, v in block.items()} for block in by_hand]
+    for handed in (by_hand, as_documented, [{k: v[None] for k, v in block.items()} for block in by_hand]):
+        out, _ = model.score([*labels, 5], handed)
+        torch.testing.assert_close(out, model(torch.tensor([[*labels, 5]]))[:, -1], rtol=1e-9, atol=1e-9)
+    several = [{k: torch.stack([v] * (2 if k == "ema_state" else 3)) for k, v in block.items()} for block in by_hand]
+    with pytest.raises(ValueError, match="of the same hypotheses; got ema_state of block 3: 2"):
+        model.inference(torch.tensor([[5]] * 3), several)
+    with pytest.raises(ValueError, match="can attend to 1; got position 1 with 0 rows of prev_key"):
+        decoder(SMALL, vocab_size=7).score([*labels, 5], by_hand)  # where all labels are attended to, they are needed
     first, _ = model.score([5], [{name: block[name] for name in by_hand[0]} for block in model.init_state(1)])
     torch.testing.assert_close(first, model(torch.tensor([[5]]))[:, -1], rtol=1e-9, atol=1e-9)

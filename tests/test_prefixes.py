@@ -34,6 +34,7 @@ from espnet_mega_plugin.mega.prefix_state import PrefixState
 from espnet_mega_plugin.mega.rows import Table
 from espnet_mega_plugin.mega.state import MegaMemory
 from espnet_mega_plugin.mega.step import Constants, Past, Together, step
+from espnet_mega_plugin.search.search import BatchedSearch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = {"block_size": 12, "linear_size": 10, "qk_size": 6, "v_size": 14, "num_heads": 2, "num_blocks": 2}
@@ -407,6 +408,8 @@ def test_a_replica_of_data_parallel_remembers_for_itself(seed):
     out, _ = copied.score([0], copied.init_state(1))
     torch.testing.assert_close(out, copied(torch.tensor([[0]]))[:, -1], **EXACT)
     assert copied.label_scorer() is not None and model.prefixes.evaluated == 0
+    streams = BatchedSearch(copied, JointNetwork(5, 5, 12, 8).double(), 2, "maes").streams()
+    streams.push({streams.open(): torch.randn(4, 5, dtype=torch.float64)})
 
 
 def test_what_others_made_of_infinite_numbers_is_not_seen(seed):
@@ -480,12 +483,19 @@ def test_tables_do_not_fit_another_device_or_dtype(seed):
     assert not tables.fit(copy.deepcopy(model).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("for_nothing", [0, prefixes.FOR_NOTHING])
 @pytest.mark.parametrize("reach", [{}, {"truncation_length": 5}, {"chunk_size": 3}, {"attention_window": 3}])
-def test_a_step_waits_for_no_device(reach):
-    """Hypotheses of different lengths on a fake CUDA device."""
+def test_a_step_waits_for_no_device(reach, for_nothing, dtype, monkeypatch):
+    """Hypotheses of different lengths, one with padding, on a fake CUDA device."""
+    monkeypatch.setattr(prefixes, "FOR_NOTHING", for_nothing)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
-            model = MEGADecoder(5, **SMALL, **reach).eval()
+        torch.set_default_dtype(dtype)  # fake parameters cannot be cast later
+        try:
+            with torch.device("cuda"):
+                model = MEGADecoder(5, **SMALL, **reach, embed_pad=2).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
         with torch.no_grad():
             start = model.init_state(1)
             _, one = model.score([0], start)  # what the weights mean for a step is made once, and waits

@@ -3,7 +3,7 @@
 A `Prefix` is a sequence of labels with what the network made of it: the moving average's state and the output after
 the last label (one row of the table `ends`), and a row of keys and values for each label that can still be attended to
 (table `labels`, shared with every longer prefix). Rows go back when the last prefix that needs them is forgotten, so
-the tables grow with the distinct labels in use. Beside them each prefix lists its rows, 24 bytes a label that it can
+the tables grow with the distinct labels in use. Beside them each prefix lists its rows, 16 bytes a label that it can
 attend to: up to `remembered` lists as long as the history are kept.
 
 `PrefixMemory.extend` goes on from prefixes by one label each. It answers from memory where that very prefix has been

@@ -262,7 +262,7 @@ class Streams:
     def open(self) -> int:
         """Begin a stream; returns its number."""
         if self._search is None:
-            self._search = self._options._search(1, next(self._options.decoder.parameters()).device)
+            self._search = self._options._search(1, device_of(self._options.decoder))
         search = self._search
         utterances = search.tree.utterances
         free = set(range(utterances)) - set(self._places.values())
@@ -338,6 +338,12 @@ class Streams:
         if stream not in self._places:
             raise KeyError(f"stream {stream!r} is not open; open are {sorted(self._places)}.")
         return self._places[stream]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where its weights are; in a replica of DataParallel they are plain tensors and no parameters."""
+    own = (getattr(one, "_former_parameters", None) or one._parameters for one in module.modules())
+    return next(weight.device for held in own for weight in held.values() if weight is not None)
 
 
 def _without_exponent(given: Any) -> str:
