@@ -11,8 +11,8 @@ memory's speed. The 51 MB of the default size's layers, in ms, plain and through
 One or two rows gain little from packing on one thread; where the library is MKL they run as two columns behind the
 plain weights, a single one doubled.
 
-MKL on Intel's processors reads the plain weights of few rows as fast as memory gives them, and a step alternates between
-no two copies then, which share the cache badly. There only more rows meet packed weights.
+MKL on Intel's processors reads the plain weights of few rows as fast as memory gives them, and a step alternates
+between no two copies then, which share the cache badly. There only more rows meet packed weights.
 
 The price is a second copy of these weights. Packing is torch's own (oneDNN, the operators its compiler uses when it
 freezes weights); where a build of torch lacks it, the layers run as they are.
