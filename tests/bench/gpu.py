@@ -2,9 +2,10 @@
 
 First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
 that waits for the device. Then a step of the decoder and the batched search over made-up utterances (made_up.py), both
-as they are and recorded as CUDA graphs; and the benchmark of bench_loss.py for the losses whose checks passed, in
-float32 and bfloat16, up to V = 5000 and more than 2**31 logits, timed by CUDA's events, memory as torch counts its
-peak. Rows are appended as they come, so a run that is cut off has left what it had.
+as they are and recorded as CUDA graphs; the decoder's training, beside ESPnet's MEGA where ESPnet is; and the benchmark
+of bench_loss.py for the losses whose checks passed, in float32 and bfloat16, up to V = 5000 and more than 2**31 logits,
+timed by CUDA's events, memory as torch counts its peak. Rows are appended as they come, so a run that is cut off has
+left what it had.
 
 Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
 Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
@@ -13,6 +14,7 @@ in Triton's interpreter.
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import random
@@ -234,6 +236,47 @@ def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
             harness.append(found, results)
             rows += found
     return rows
+
+
+def benchmark_training(results: Path, shapes: list[str], repeats: int = 10, **sizes) -> list[dict]:
+    """Forward and backward of the decoder of default size, beside ESPnet's MEGA with the same weights where that is."""
+    rows = []
+    for autocast, shape in itertools.product((False, True), shapes):
+        dtype = "bfloat16 autocast" if autocast else "float32"
+        labels = torch.randint(1, 500, tuple(map(int, shape.split(","))))
+        labels[:, 0] = 0
+        for method, network in decoders_in_training(**sizes).items():
+            network.to(DEVICE).train()
+            parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+            def step(given, network=network, parameters=parameters, autocast=autocast):
+                with torch.autocast(DEVICE, BF16, enabled=autocast):
+                    out = network(given)
+                return torch.autograd.grad(out.float().square().mean(), parameters, allow_unused=True)
+
+            known = {"method": method, "shape": shape.replace(",", "x"), "dtype": dtype, "part": "both"}
+            given = labels.to(DEVICE)
+            try:
+                found = {
+                    "repeats": repeats,
+                    "extra_memory_mb": harness.extra_memory(lambda given=given: given, step),
+                    **harness.measure(lambda given=given: given, {"step": step}, repeats=repeats)["step"],
+                }
+            except Exception as error:  # a row of its own, by name
+                found = {"error": type(error).__name__}
+            rows.append(harness.row("decoder_training", **known, **found))
+            harness.append(rows[-1:], results)
+    return rows
+
+
+def decoders_in_training(**sizes) -> dict[str, torch.nn.Module]:
+    try:
+        from bench_decoder import BASELINE
+        from mended import pair
+    except ImportError:  # no ESPnet on this machine
+        return {"ours": MegaNetwork(500, **sizes)}
+    theirs, ours = pair(**sizes)
+    return {"ours": ours, BASELINE: theirs}
 
 
 def without_waiting(method: str) -> float:
@@ -545,7 +588,9 @@ def main() -> int:
     if DEVICE == "cuda":
         if not failed & {"decoder", "graphs"}:
             found = benchmark_steps(args.results)
-            print("\n" + harness.table(found, ("what", "method", "shape", "dtype", "median_ms", "p20_ms", "p80_ms")))
+            found += benchmark_training(args.results, ["16,50", "64,64", "8,200"])
+            shown = ("what", "method", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "extra_memory_mb", "error")
+            print("\n" + harness.table(found, shown))
         if "search" not in failed:
             graphs = "search_graphs" not in failed
             found = benchmark_search(args.results, time.monotonic() + 60 * args.minutes / 3, [1, 64], graphs=graphs)

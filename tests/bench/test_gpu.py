@@ -19,6 +19,7 @@ gpu.benchmark(failed, pathlib.Path(sys.argv[1]), time.monotonic() + 60, ["2,6,3,
 gpu.benchmark(failed, pathlib.Path(sys.argv[1]), 0, ["2,6,3,20"])
 small = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
 gpu.benchmark_steps(pathlib.Path(sys.argv[1]), 1, block_size=16, linear_size=16, qk_size=8, v_size=16, num_blocks=1)
+gpu.benchmark_training(pathlib.Path(sys.argv[1]), ["2,7"], 1, block_size=16, linear_size=16, qk_size=8, v_size=16)
 gpu.benchmark_search(pathlib.Path(sys.argv[1]), time.monotonic() + 60, [2], 20, small)
 sys.exit(f"failed: {failed}" if failed else 0)
 """
@@ -39,6 +40,11 @@ def test_checks_and_benchmark_without_a_gpu(tmp_path):
         "decode_maes",
         "decode_tsd",
     }
+    trained = [row for row in rows if row["what"] == "decoder_training"]
+    assert [(row["method"], row["dtype"], row["error"]) for row in trained] == [
+        ("ours", "float32", ""),
+        ("ours", "bfloat16 autocast", ""),
+    ]
     for what, methods in (("rnnt_loss", {"wavefront"}), ("joint_512_rnnt_loss", {"wavefront", "fused", "pruned"})):
         for shape in ("2x6x4x20", "an4:7x72x37x7"):
             for dtype, limit in (("float32", 1e-5), ("bfloat16", 0.05)):
