@@ -14,10 +14,11 @@ from espnet2.asr_transducer.beam_search_transducer import Hypothesis as ESPnetHy
 from espnet2.asr_transducer.error_calculator import ErrorCalculator
 from torch import Tensor, nn
 
+from espnet_mega_plugin.replica import device_of
 from espnet_mega_plugin.search.hypotheses import Hypothesis
 from espnet_mega_plugin.search.language_model import scorer_of_lm
 from espnet_mega_plugin.search.scorer import Fusion
-from espnet_mega_plugin.search.search import BatchedSearch, device_of
+from espnet_mega_plugin.search.search import BatchedSearch
 
 SUFFIX = "_batched"
 

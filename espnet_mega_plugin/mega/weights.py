@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from espnet_mega_plugin.replica import own_parameters
+
 _version = attrgetter("_version")
 _counted = count(1)
 _steps = 0  # of all optimisers
@@ -34,7 +36,7 @@ class Weights:
     def __init__(self, network: nn.Module):
         # Views of each module's own dicts of submodules and parameters: a walk through a network takes far longer
         modules = [*network.modules()]
-        own = [*map(_parameters, modules)]
+        own = [*map(own_parameters, modules)]
         self._held = [held.values() for held in (*(module._modules for module in modules), *own) if held]
         self._entries = [*chain.from_iterable(self._held)]
         by_identity = {id(one): one for held in own for one in held.values() if one is not None}
@@ -72,8 +74,3 @@ class Weights:
 
     def _changes_now(self) -> int:
         return 0 if self._unseen else sum(map(_version, self._parameters))  # a parameter's own number only grows
-
-
-def _parameters(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """A module's own; in a replica of DataParallel they are plain tensors, kept elsewhere."""
-    return getattr(module, "_former_parameters", None) or module._parameters

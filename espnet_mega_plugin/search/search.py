@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_mega_plugin.recording import CudaGraphs, Recorder, RecorderFor, switched_on
+from espnet_mega_plugin.replica import device_of
 from espnet_mega_plugin.search.algorithm import Algorithm
 from espnet_mega_plugin.search.alsd import Alsd
 from espnet_mega_plugin.search.espnet_decoders import scorer_of
@@ -338,12 +339,6 @@ class Streams:
         if stream not in self._places:
             raise KeyError(f"stream {stream!r} is not open; open are {sorted(self._places)}.")
         return self._places[stream]
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where its weights are; in a replica of DataParallel they are plain tensors and no parameters."""
-    own = (getattr(one, "_former_parameters", None) or one._parameters for one in module.modules())
-    return next(weight.device for held in own for weight in held.values() if weight is not None)
 
 
 def _without_exponent(given: Any) -> str:
