@@ -61,8 +61,8 @@ E = Base({torch.float32: 1.0, torch.float64: 1.0}, torch.Tensor.exp_, torch.Tens
 def base(device: str) -> Base:
     """The one whose power is quicker. torch's exp is MKL's, which is made for Intel's processors; its exp2 is SLEEF's.
 
-    On an AMD EPYC exp takes three times as long as exp2, on an Intel Xeon less (torch 2.12, one thread). With either, a
-    factor and a shift cost one pass, as the product and the sum are one rounded instruction.
+    On an AMD EPYC exp is the slower one, on an Intel Xeon the quicker (torch 2.12, one thread). With either, a factor
+    and a shift cost one pass, as the product and the sum are one rounded instruction.
     """
     return E if device == "cpu" and runs_mkl_well() else TWO
 

@@ -24,6 +24,7 @@ from espnet2.asr_transducer.decoder.rwkv_decoder import RWKVDecoder
 from espnet2.asr_transducer.decoder.stateless_decoder import StatelessDecoder
 from harness import RESULTS, append, compared, extra_memory, measure, require_green, row, table
 from mended import V, pair
+from training_case import case
 
 from espnet_mega_plugin.decoder import MEGADecoder
 
@@ -168,27 +169,6 @@ def training(decoders: dict, args: argparse.Namespace, autocast: bool) -> list[d
                 for part, values in found.items()
             ]
     return rows
-
-
-def case(decoder, batch: int, length: int, autocast: bool):
-    """Forward and backward of a decoder over the same labels and with the same gradient of its output."""
-    draw = torch.Generator().manual_seed(0)
-    labels = torch.randint(1, V, (batch, length), generator=draw)
-    labels[:, 0] = 0
-    device = decoder.embed.weight.device
-    labels = labels.to(device)
-    gradient = torch.randn(batch, length, decoder.output_size, generator=draw).to(device)
-    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    decoder.train()  # without dropout, which is off by default
-
-    def forward(_) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            return decoder(labels)
-
-    def backward(out: torch.Tensor) -> tuple:
-        return torch.autograd.grad(out, parameters, gradient.to(out.dtype), allow_unused=True)
-
-    return forward, backward
 
 
 def same(r: dict) -> tuple:

@@ -40,6 +40,7 @@ if DEVICE == "cpu":
 import bench_loss  # noqa: E402
 import harness  # noqa: E402
 import made_up  # noqa: E402
+import training_case  # noqa: E402
 from replayed import replaying  # noqa: E402
 from rnnt_problems import random_problem  # noqa: E402
 
@@ -240,43 +241,36 @@ def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
 
 def benchmark_training(results: Path, shapes: list[str], repeats: int = 10, **sizes) -> list[dict]:
     """Forward and backward of the decoder of default size, beside ESPnet's MEGA with the same weights where that is."""
-    rows = []
-    for autocast, shape in itertools.product((False, True), shapes):
+    rows, decoders = [], decoders_in_training(**sizes)
+    for autocast, shape, (method, decoder) in itertools.product((False, True), shapes, decoders.items()):
+        forward, backward = training_case.case(decoder, *map(int, shape.split(",")), autocast)
+
+        def step(_, forward=forward, backward=backward):
+            return backward(forward(None))
+
+        try:
+            found = {
+                "repeats": repeats,
+                "extra_memory_mb": harness.extra_memory(lambda: None, step),
+                **harness.measure(lambda: None, {"step": step}, repeats=repeats)["step"],
+            }
+        except Exception as error:  # a row of its own, by name
+            found = {"error": type(error).__name__}
         dtype = "bfloat16 autocast" if autocast else "float32"
-        labels = torch.randint(1, 500, tuple(map(int, shape.split(","))))
-        labels[:, 0] = 0
-        for method, network in decoders_in_training(**sizes).items():
-            network.to(DEVICE).train()
-            parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-            def step(given, network=network, parameters=parameters, autocast=autocast):
-                with torch.autocast(DEVICE, BF16, enabled=autocast):
-                    out = network(given)
-                return torch.autograd.grad(out.float().square().mean(), parameters, allow_unused=True)
-
-            known = {"method": method, "shape": shape.replace(",", "x"), "dtype": dtype, "part": "both"}
-            given = labels.to(DEVICE)
-            try:
-                found = {
-                    "repeats": repeats,
-                    "extra_memory_mb": harness.extra_memory(lambda given=given: given, step),
-                    **harness.measure(lambda given=given: given, {"step": step}, repeats=repeats)["step"],
-                }
-            except Exception as error:  # a row of its own, by name
-                found = {"error": type(error).__name__}
-            rows.append(harness.row("decoder_training", **known, **found))
-            harness.append(rows[-1:], results)
+        known = {"method": method, "shape": shape.replace(",", "x"), "dtype": dtype, "part": "both"}
+        rows.append(harness.row("decoder_training", **known, **found))
+        harness.append(rows[-1:], results)
     return rows
 
 
 def decoders_in_training(**sizes) -> dict[str, torch.nn.Module]:
-    try:
-        from bench_decoder import BASELINE
-        from mended import pair
-    except ImportError:  # no ESPnet on this machine
-        return {"ours": MegaNetwork(500, **sizes)}
+    if not find_spec("espnet2"):
+        return {"ours": MegaNetwork(500, **sizes).to(DEVICE)}
+    from bench_decoder import BASELINE
+    from mended import pair
+
     theirs, ours = pair(**sizes)
-    return {"ours": ours, BASELINE: theirs}
+    return {"ours": ours.to(DEVICE), BASELINE: theirs.to(DEVICE)}
 
 
 def without_waiting(method: str) -> float:

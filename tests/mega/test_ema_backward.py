@@ -32,11 +32,11 @@ def gradients(ema, x, padding, grad) -> list[torch.Tensor]:
     return list(torch.autograd.grad(ema(x, padding), [x, *ema.parameters()], grad))
 
 
-def relative_error(got: list, want: list) -> float:
-    """The worst tensor's; one whose sum happens to cancel is held against what the others are made of."""
+def relative_error(got: list, want: list, least: float = 0.0) -> float:
+    """The worst tensor's. least: what one is held against at least, as a share of the largest norm."""
     norms = torch.stack([tensor.double().norm() for tensor in want])
     errors = torch.stack([(a.double() - b.double()).norm() for a, b in zip(got, want, strict=True)])
-    return (errors / norms.clamp(min=max(1e-30, 0.1 * norms.max().item()))).max().item()
+    return (errors / norms.clamp(min=max(1e-30, least * norms.max().item()))).max().item()
 
 
 # -- values: ESPnet's
@@ -117,7 +117,9 @@ def test_gradients_are_autograds(shape, K, part, layout, s):
         double = gradients(copy.deepcopy(ours).double(), x.detach().double().requires_grad_(), padding, grad.double())
     for got, expected in zip(double, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    assert relative_error(single, want) < 3 * relative_error(gradients(plain, x, padding, grad), want) + 1e-5
+    # A sum over few channels may cancel to a thirtieth of what it is made of, and its rounding stays
+    automatic = relative_error(gradients(plain, x, padding, grad), want, least=0.1)
+    assert relative_error(single, want, least=0.1) < 3 * automatic + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -278,8 +278,8 @@ def test_large_logits_do_not_overflow(dtype, offset, power):
     found = costs_and_gradient(problem.with_acts(acts))
     torch.testing.assert_close(found[0], costs, rtol=1e-5, atol=1e-7 + rounding)
     assert (found[1] - gradient).norm() < 1e-6 * gradient.norm()
-    # A single number may have both its row's sum and its own exponential rounded by what `wavefront.LARGE` allows
-    torch.testing.assert_close(found[1], gradient, rtol=0, atol=2e-6)
+    # In float32 a single number may have its row's sum and its own exponential rounded by what `wavefront.LARGE` allows
+    torch.testing.assert_close(found[1], gradient, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-6)
 
 
 @pytest.mark.parametrize("spread", [1.0, 16.0, 32.0, 100.0, 1e4, 1e8, 1e12])
