@@ -191,6 +191,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             out: decoder output for the last label of each. (B, D)
             states: batched state; `select_state` takes one hypothesis out of it.
         """
+        hyps = list(hyps)
         if not hyps:
             return self.embed.weight.new_zeros(0, self.output_size), self.create_batch_states([])
         out, extended = self._extended([hyp.dec_state for hyp in hyps], [self._last(hyp.yseq) for hyp in hyps])
@@ -221,7 +222,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
         memory = self._memory(states) if prefixes is None else None
         count = len(memory.positions) if prefixes is None else len(prefixes)
         if not 0 <= idx < count:
-            raise ValueError(f"idx must be 0 to {count - 1}, a hypothesis of the states; got {idx}.")
+            raise ValueError(f"idx must be a hypothesis of the states, which hold {count}, from 0; got {idx}.")
         if prefixes is not None:
             return PrefixState((prefixes[idx],), self._built)
         position = torch.tensor(memory.positions[idx])
@@ -250,10 +251,19 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
 
         Returns:
             stacked: on the device and in the dtype of the states. (B, longest W, dim)
+
+        Raises:
+            ValueError: an entry has another shape.
         """
         if not state_list:
             return self.embed.weight.new_zeros(0, 0, dim)
-        return stack_right([_single(state, 2) for state in state_list])
+        rows = [_single(state, 2) for state in state_list]
+        for i, (state, row) in enumerate(zip(state_list, rows, strict=True)):
+            if row.dim() != 2 or row.shape[1] != dim:
+                raise ValueError(
+                    f"state_list must hold (W, {dim}) or (1, W, {dim}); the one at {i} is {tuple(state.shape)}."
+                )
+        return stack_right(rows)
 
     def create_batch_states(self, new_states: Sequence[Documented]) -> Documented:
         """One batched state of single ones, whatever the lengths of their histories."""
@@ -361,6 +371,17 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             for state in states
         ]
         positions = states[0]["position"].reshape(-1).tolist()
+        W = states[0]["prev_key"].shape[-2]
+        begin = [W - self.attended_labels(position) for position in positions]
+        if any(begin):  # in front of a history may stand any number, and a weight of 0 times NaN is NaN
+            first = torch.tensor(begin).to(blocks[0].keys.device, non_blocking=True)
+            before = (torch.arange(W, device=first.device) < first[:, None])[..., None]
+            blocks = [
+                BlockMemory(
+                    one.ema, one.keys.masked_fill(before, 0.0), one.values.masked_fill(before, 0.0), one.inputs
+                )
+                for one in blocks
+            ]
         return MegaMemory(blocks, _batched(states[0]["prev_pad"], 2), positions)
 
     @staticmethod

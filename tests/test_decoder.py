@@ -247,7 +247,11 @@ def test_a_state_made_by_hand_gives_the_right_answer(seed):
         ("prev_value", lambda t: t[1:], ValueError, "prev_value of block 0: 5"),
         ("prev_pad", lambda t: t[1:], ValueError, "prev_pad of block 0: 5"),
         ("position", lambda t: t + 1, ValueError, "can attend to 7; got position 7 with 6 rows"),
+        ("prev_pad", lambda t: t.double(), TypeError, "prev_pad of block 0 must hold booleans; got torch.float64"),
         ("position", lambda t: t - 7, ValueError, "got position -1"),
+        ("position", lambda t: t.double(), TypeError, "position of block 0 must hold integers; got torch.float64"),
+        ("ema_state", lambda t: t.long(), TypeError, "ema_state of block 0 must hold floating-point numbers; got"),
+        ("prev_value", lambda t: t * 1j, TypeError, "prev_value of block 0 must hold floating-point numbers; got"),
     ],
 )
 def test_a_state_whose_parts_do_not_fit_is_refused(name, change, error, message, seed):
@@ -264,6 +268,52 @@ def test_a_state_whose_parts_do_not_fit_is_refused(name, change, error, message,
     ):
         with pytest.raises(error, match=message):
             look()
+
+
+def test_a_state_whose_blocks_are_at_different_places_is_refused(seed):
+    model = decoder()
+    states = state_after(model, prefix(6))
+    states = [*states[:-1], {**states[-1], "position": states[-1]["position"] - 1}]
+    with pytest.raises(ValueError, match=r"position is the same in all blocks; got \[6\] in block 0, \[5\] in block 3"):
+        model.score(prefix(7), states)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("options", [{}, {"attention_window": 3}, {"chunk_size": 3}])
+def test_what_stands_in_front_of_a_batchs_histories_is_never_read(poison, options, seed):
+    model = decoder({**SMALL, **options})
+    rows = [prefix(n) for n in (2, 6, 4)]
+    states = model.create_batch_states([state_after(model, labels[:-1]) for labels in rows])
+    poisoned = []
+    for state in states:
+        front = [state["prev_key"].shape[1] - model.attended_labels(int(p)) for p in state["position"]]
+        poisoned.append({name: tensor.clone() for name, tensor in state.items()})
+        for name in ("prev_key", "prev_value"):
+            for row, count in enumerate(front):
+                poisoned[-1][name][row, :count] = poison
+    assert any(front)
+    out, _ = model.inference(torch.tensor([[labels[-1]] for labels in rows]), poisoned)
+    for i, labels in enumerate(rows):
+        expected = forward_of(model, labels)
+        torch.testing.assert_close(out[i, 0], expected, **EXACT)
+        torch.testing.assert_close(model.score(labels, model.select_state(poisoned, i))[0][0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_past_inputs_that_a_state_lacks_are_none_of_another_hypothesis(kept, seed):
+    """The rows lent for them were another's before."""
+    model = decoder({**SMALL, "truncation_length": 5})
+    short = [
+        {**state, "prev_input": state["prev_input"][-kept:] if kept else state["prev_input"][:0]}
+        for state in state_after(model, prefix(6))
+    ]
+    label = prefix(2)[-1]
+    expected, _ = model.inference(torch.tensor([[label]]), short)
+    for _ in range(3):
+        state_after(model, prefix(9))  # uses the rows, and gives them back
+        model.score_cache = {}
+        out, _ = model.batch_score([Hypothesis(0.0, [0, label], short)] * 3)
+        torch.testing.assert_close(out, expected[0].expand(3, -1), **EXACT)
 
 
 def test_the_past_inputs_of_a_state_fit(seed):
@@ -740,7 +790,10 @@ def test_bad_arguments_are_refused_by_name(arguments, error, message):
         (lambda m: m.score([0], [None] * 4), TypeError, "states must be a list with one dict a block"),
         (lambda m: m.score([0.7], m.init_state(1)), TypeError, r"label_sequence must hold integers; got 0.7"),
         (lambda m: m.score([], m.init_state(1)), ValueError, "label_sequence is empty"),
-        (lambda m: m.select_state(m.init_state(2), 2), ValueError, "idx must be 0 to 1"),
+        (lambda m: m.select_state(m.init_state(2), 2), ValueError, "idx must be a hypothesis of the states, which hold 2, from 0; got 2"),
+        (lambda m: m.select_state(m.create_batch_states([]), 0), ValueError, "which hold 0, from 0; got 0"),
+        (lambda m: m.stack_qk_states([torch.ones(2, 6), torch.ones(1, 5)], 6), ValueError, r"hold \(W, 6\) .* at 1 is \(1, 5\)"),
+        (lambda m: m.stack_qk_states([torch.ones(2, 3, 6)], 6), ValueError, r"hold \(W, 6\) .* at 0 is \(2, 3, 6\)"),
         (lambda m: m.init_state(-1), ValueError, "batch_size must be 0 or more; got -1"),
         (lambda m: m.init_state("1"), TypeError, "batch_size must hold integers"),
     ],

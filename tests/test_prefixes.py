@@ -674,6 +674,8 @@ def test_a_packed_layer_is_the_layer(rows, sizes, few, seed, monkeypatch):
         torch.testing.assert_close(packed(layer, given_), layer(given_))
     other = torch.nn.Linear(*sizes)
     torch.testing.assert_close(packed(other, x), other(x))
+    other.forward = lambda x, plain=other.forward: 2 * plain(x)  # as libraries that offload or wrap do it
+    torch.testing.assert_close(PackedLayers(other)(other, x), other(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert packed(layer, x).dtype == torch.bfloat16
     layer.register_forward_hook(lambda module, args, out: out + 1)

@@ -36,7 +36,8 @@ class PackedLayers:
 
     def __init__(self, network: nn.Module):
         # A module's own call takes as long as the product where few numbers meet
-        self._plain = {layer: (layer.weight, layer.bias) for layer in network.modules() if type(layer) is nn.Linear}
+        plain = (one for one in network.modules() if type(one) is nn.Linear and "forward" not in vars(one))
+        self._plain = {layer: (layer.weight, layer.bias) for layer in plain}
         self._packed: dict[nn.Module, Tensor] = {}
         if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return

@@ -162,9 +162,10 @@ class PrefixMemory:
                 if attended:
                     known = torch.cat([block.keys[0], block.values[0].to(block.keys.dtype)], 1)[-attended:]
                     tables.labels.tensors[0][b, index[count - attended :]] = known.to(tables.device, tables.dtype)
-                if inputs is not None and inputs.shape[1]:
-                    seen = block.inputs[0].to(tables.device, tables.exact)
-                    tables.labels.tensors[1][b, index[count - seen.shape[0] :]] = seen
+                if inputs is not None and count:
+                    seen, held = block.inputs[0].to(tables.device, tables.exact), tables.labels.tensors[1][b]
+                    held[index[: count - len(seen)]] = 0.0  # lent before: another label's
+                    held[index[count - len(seen) :]] = seen
             return prefix
 
     def extend(

@@ -51,6 +51,7 @@ class MegaMemory:
 Documented = list[dict[str, Tensor]]
 # Dimensions of each key for one hypothesis
 RANKS = {"ema_state": 2, "prev_key": 2, "prev_value": 2, "prev_pad": 1, "position": 0, "prev_input": 2}
+KINDS = {"prev_pad": "booleans", "position": "integers"}  # of the others: floating-point numbers
 
 
 def check_shapes(states: Documented, widths: dict[str, tuple[int, ...]]) -> None:
@@ -64,10 +65,14 @@ def check_shapes(states: Documented, widths: dict[str, tuple[int, ...]]) -> None
         TypeError, ValueError: the message names block and key, what came and what was expected.
     """
     batches = {}
+    position = states[0]["position"].reshape(-1).tolist()
     for b, state in enumerate(states):
         rows = {}
         for name, width in widths.items():
             shape, where = state[name].shape, f"{name} of block {b}"
+            kind = KINDS.get(name, "floating-point numbers")
+            if kind != _kind(state[name]):
+                raise TypeError(f"{where} must hold {kind}; got {state[name].dtype}.")
             ranks = RANKS[name], RANKS[name] + 1
             fits = len(shape) in ranks and (not width or tuple(shape[-len(width) :]) == width)
             if not fits:
@@ -80,6 +85,18 @@ def check_shapes(states: Documented, widths: dict[str, tuple[int, ...]]) -> None
             raise ValueError(f"a state has one row of each for a label; got {_listed(rows)} rows.")
     if len(set(batches.values())) > 1:
         raise ValueError(f"all of a state is of the same hypotheses; got {_listed(batches)} hypotheses.")
+    for b, state in enumerate(states):
+        if state["position"].reshape(-1).tolist() != position:
+            raise ValueError(
+                f"position is the same in all blocks; got {position} in block 0, "
+                f"{state['position'].reshape(-1).tolist()} in block {b}."
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.dtype == torch.bool:
+        return "booleans"
+    return "floating-point numbers" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "integers"
 
 
 def _listed(counts: dict[str, int]) -> str:

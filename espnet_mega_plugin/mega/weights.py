@@ -2,8 +2,9 @@
 
 Seen are a change in place as autograd sees it (`load_state_dict`, any in-place operation), an optimiser's step (a fused
 one writes behind autograd's back), another tensor behind a parameter, another parameter, another submodule, autocast
-switched. Not seen is any other write behind autograd's back: through `.data`, through a NumPy view, by torch's fused
-optimiser functions called by hand.
+switched; buffers (masks of pruning) as parameters, and other weights of a quantised layer. Not seen is any other write
+behind autograd's back: through `.data`, through a NumPy view, by torch's fused optimiser functions called by hand; nor
+what is no weight: a hook, a function or a plain attribute of a layer.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ class Weights:
     """A network's weights as they are when this is made."""
 
     def __init__(self, network: nn.Module):
-        # Views of each module's own dicts of submodules and parameters: a walk through a network takes far longer
+        # Views of each module's own dicts of submodules, parameters, buffers: a walk through a network takes far longer
         modules = [*network.modules()]
-        own = [*map(own_parameters, modules)]
+        own = [*map(own_parameters, modules), *(module._buffers for module in modules)]
         self._held = [held.values() for held in (*(module._modules for module in modules), *own) if held]
         self._entries = [*chain.from_iterable(self._held)]
         by_identity = {id(one): one for held in own for one in held.values() if one is not None}
-        self._parameters = [*by_identity.values()]
+        self._parameters = [*by_identity.values()]  # and buffers
+        # A quantised layer's weights are an object outside of both
+        self._quantised = [(own, own["_packed_params"]) for own in map(vars, modules) if "_packed_params" in own]
         # Made in inference mode they have no number that grows, so they may be others at any time
         self._unseen = any(map(torch.Tensor.is_inference, self._parameters))
         self._steps = _steps
@@ -58,6 +61,7 @@ class Weights:
             and self._steps == _steps
             and sum(map(len, self._held)) == len(self._entries)
             and all(map(is_, chain.from_iterable(self._held), self._entries))
+            and all(own.get("_packed_params") is held for own, held in self._quantised)
             and self._changes_now() == self._changes
             and self._places_now() == self._places
             and self._autocast_now() == self._autocast

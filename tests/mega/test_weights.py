@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from espnet_mega_plugin.decoder import MEGADecoder
 from espnet_mega_plugin.mega.weights import Weights
@@ -69,6 +70,15 @@ def parametrised(network):
     nn.utils.parametrizations.weight_norm(network.mega_blocks[0][0].proj_v)
 
 
+def pruned_again(network):
+    """Another mask on the same parameter."""
+    prune.l1_unstructured(network.mega_blocks[0][0].multihead_damped_ema, "kernel_projection_matrix", 0.5)
+
+
+def mask_in_place(network):
+    network.mega_blocks[0][0].proj_v.weight_mask.zero_()
+
+
 def removed(network):
     del network.mega_blocks[1]
 
@@ -93,6 +103,33 @@ def test_a_change_is_seen(network, change):
     change(network)
     assert not weights.unchanged()
     assert Weights(network).unchanged()
+
+
+@pytest.mark.parametrize("change", [pruned_again, mask_in_place], ids=lambda change: change.__name__)
+def test_a_change_of_masks_is_seen(network, change):
+    for block, _ in network.mega_blocks:
+        prune.l1_unstructured(block.proj_v, "weight", 0.3)
+        prune.l1_unstructured(block.multihead_damped_ema, "kernel_projection_matrix", 0.3)
+    labels = [0, 1, 2]
+    state = network.score(labels[:2], network.score(labels[:1], network.init_state(1))[1])[1]
+    before, _ = network.score(labels, state)
+    change(network)
+    states = network.init_state(1)
+    for t in range(len(labels)):
+        out, states = network.score(labels[: t + 1], states)
+    torch.testing.assert_close(out[0], network(torch.tensor([labels]))[0, -1])
+    assert not torch.equal(out, before)
+
+
+def test_other_weights_of_a_quantised_layer_are_seen(network):
+    network = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, torch.qint8)
+    layer, weights = network.mega_blocks[0][0].proj_v, Weights(network)
+    before, _ = network.score([3], network.init_state(1))
+    assert weights.unchanged()
+    bias = layer.bias()
+    layer.set_weight_bias(layer.weight(), bias + 1)
+    assert not weights.unchanged()
+    assert not torch.equal(network.score([3], network.init_state(1))[0], before)
 
 
 def test_an_equal_parameter_of_one_number_is_another_one(seed):
