@@ -28,8 +28,9 @@ DECODERS = {
     "rotary-truncated": {"rel_pos_bias_type": "rotary", "truncation_length": 3},
     "chunk": {"chunk_size": 3, "rel_pos_bias_type": "rotary"},
     "past-max-positions": {"max_positions": 3},
+    "window-past-max-positions": {"attention_window": 3, "max_positions": 3, "pre_norm": True},
+    "pre-norm": {"pre_norm": True, "rel_pos_bias_type": "rotary"},
 }
-STREAMED = {**DECODERS, "window-past-max-positions": {"attention_window": 3, "max_positions": 3, "pre_norm": True}}
 
 
 class ForwardOnly(AbsDecoder):
@@ -126,11 +127,11 @@ def test_nbest_is_that_of_the_forward_only_decoder(decoder, search, with_lm, see
             frames = random_frames()
 
 
-@pytest.mark.parametrize("decoder", STREAMED)
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("search", ["default", "tsd", "maes"])  # ESPnet refuses alsd when streaming
 @torch.no_grad()
 def test_streaming_in_chunks_is_the_whole_utterance(decoder, search, seed):
-    ours, oracle, frames = searches(STREAMED[decoder], SEARCHES[search], seed=seed)
+    ours, oracle, frames = searches(DECODERS[decoder], SEARCHES[search], seed=seed)
     whole = oracle(frames)
     for part in frames[:-3].split(4):
         ours(part, is_final=False)

@@ -546,13 +546,14 @@ def test_every_dtype_scores_as_its_forward(configuration, dtype, seed):
     assert forward_error / want.norm() < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("configuration", VARIANTS)
-def test_autocast(configuration, seed):
-    """bfloat16 autocast: forward, scoring within and without, states handed across; the EMA stays float32."""
+def test_autocast(configuration, dtype, seed):
+    """Autocast: forward, scoring within and without, states handed across; the EMA stays float32."""
     model = decoder(configuration, dtype=torch.float32)
     labels = prefix(12)
     want = forward_of(model, labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         cast = forward_of(model, labels)
         state = state_after(model, labels[:-1])
         score, _ = model.score(labels, state)
@@ -562,6 +563,23 @@ def test_autocast(configuration, seed):
     for out in (score[0], batch[0], outside[0]):
         assert (out - want).norm() / want.norm() <= 2 * error + 0.01
     assert state[0]["ema_state"].dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("configuration", VARIANTS)
+def test_a_state_goes_from_device_to_device(configuration, seed):
+    """States of a decoder on the CPU score on a GPU and the other way round; one moved answers from its own weights."""
+    model = decoder(configuration)
+    labels = prefix(9)
+    want, state = forward_of(model, labels), state_after(model, labels[:-1])
+    state_there = state_after(copy.deepcopy(model).cuda(), labels[:-1])
+    for device, given in (("cuda", state), ("cpu", state_there), ("cuda", state_there), ("cpu", state)):
+        model.to(device)
+        one, _ = model.score(labels, given)
+        batch, _ = model.batch_score([Hypothesis(0.0, labels, given)] * 2)
+        assert one.device.type == batch.device.type == device
+        for out in (one[0], *batch):
+            torch.testing.assert_close(out.cpu(), want, **EXACT)
 
 
 def test_slow_decay_survives_bfloat16():
