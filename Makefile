@@ -7,9 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BATCHED_CONFIGS := conf/decode_maes.yaml conf/decode_tsd.yaml conf/decode_greedy_batched.yaml
+BATCHED_CONFIGS := conf/decode_maes.yaml conf/decode_tsd.yaml conf/decode_alsd.yaml conf/decode_greedy_batched.yaml
+BENCHMARKS := ema packed loss decoder search decode
 
-.PHONY: demo test lint build clean help
+.PHONY: demo test lint bench build clean help
 help:
 	@sed -n 's/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST)) | head -4
 
@@ -24,6 +25,10 @@ test: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# Every table of the README about speed and memory, for this machine: an hour and a half. On a GPU: tests/bench/gpu.py
+bench: $(VENV)/installed
+	for one in $(BENCHMARKS); do $(VENV)/bin/python tests/bench/bench_$$one.py || exit 1; done
 
 build: $(VENV)/installed
 	$(VENV)/bin/python -m build --outdir dist .

@@ -1,8 +1,8 @@
 """The moving average in training: `python tests/bench/bench_ema.py` prints a table and appends it to results.csv.
 
 One layer of the default size, forward and backward to the input and all parameters, SiLU and residual included, one
-row of the batch padded in its second half. Three ways of it in one run: ours, the same forward in plain operations that
-torch differentiates (autograd), and ESPnet's class.
+row of the batch padded in its second half. Four ways of it in one run: ours, the same forward in plain operations that
+torch differentiates (autograd), the direct sum in chunks of 32 labels with a state between them (scan), ESPnet's class.
 
 Part `kept` is what the graph holds between forward and backward beyond input and parameters; a ratio of memory is one
 to the size of the input. With one thread times are compared by CPU time, else by wall clock.
@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import append, compared, extra_memory, measure, require_green, row, table
+from harness import RESULTS, append, compared, extra_memory, measure, require_green, row, table
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mega"))
-from ema_by_autograd import ByAutograd, kept_bytes
+from ema_by_autograd import ByAutograd, ByScan, kept_bytes
 
 LENGTHS = (1, 8, 16, 32, 64, 128, 256, 512)
 SHOWN = (
@@ -51,6 +51,7 @@ class TimeFirst(torch.nn.Module):
 METHODS = {
     "espnet": lambda *arguments: TimeFirst(espnet_class(*arguments)),
     "autograd": ByAutograd,
+    "scan": ByScan,
     "ours": our_class,
 }
 
@@ -85,17 +86,20 @@ def bench(name: str, shape: tuple[int, ...], device: str, repeats: int) -> list[
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--size", nargs=3, type=int, default=(16, 512, 4), metavar=("B", "D", "N"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--no_append", action="store_true", help="print only")
-    args = parser.parse_args()
-
-    require_green("tests/mega/test_ema.py", "tests/mega/test_ema_backward.py", "-m", "not slow")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="rows are appended to this file")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small, untested, to --results only if given")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.lengths, args.size, args.threads, args.repeats = (1, 37), (2, 6, 2), [1], 1
+    else:
+        require_green("tests/mega/test_ema.py", "tests/mega/test_ema_backward.py", "-m", "not slow")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for threads in args.threads:
@@ -108,8 +112,8 @@ def main() -> None:
         ]
         print(table(compared(found, {"method": "espnet"}, operator.itemgetter("shape", "part")), SHOWN), flush=True)
         rows += found
-    if not args.no_append:
-        append(rows)
+    if not args.quick or args.results != RESULTS:
+        append(rows, args.results)
 
 
 if __name__ == "__main__":

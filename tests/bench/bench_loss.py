@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from harness import append, compared, copy_bandwidth, extra_memory, measure, require_green, row, table
+from harness import RESULTS, append, compared, copy_bandwidth, extra_memory, measure, require_green, row, table
 from torch import Tensor
 
 from espnet_mega_plugin.rnnt import (
@@ -39,9 +39,10 @@ from espnet_mega_plugin.rnnt import (
     rnnt_loss_smoothed,
 )
 
-SHAPES = "2,20,5,30 an4,30 4,200,40,500 8,150,30,1000 8,250,60,1000"
+SHAPES = "2,20,5,30 an4,30 4,200,40,500 8,150,30,1000 8,250,60,1000 2,500,100,5000"
 CORPUS = Path(__file__).with_name("shapes_an4.txt")
 LOOPS_UP_TO = 2 * 20 * 6 * 30  # logits; beyond this a call takes seconds
+MANY = 1 << 28  # logits: timed 3 times at most, and on a CPU not with a joint network, whose products take minutes
 ROWS_KEPT = 5  # a frame, in the pruned loss: ESPnet's default
 SHOWN = (
     "method shape dtype part threads median_ms p20_ms p80_ms cpu_ms times_as_fast extra_memory_ratio bandwidth_share "
@@ -277,6 +278,8 @@ def timed(what, name, case, dtype, repeats, prepare, forward, backward, error) -
 
 def runs(name: str, case: Case, with_joint: bool, device: str) -> bool:
     """Whether a loss is for this table, device and size."""
+    if with_joint and device == "cpu" and case.logits >= MANY:
+        return False
     if name in WITH_JOINT:
         return with_joint
     if name in LOOPS:
@@ -291,7 +294,7 @@ def tables(rows: list[dict], baseline: str) -> str:
     return "\n\n".join(f"{name}\n\n" + table([r for r in rows if r["what"] == name], SHOWN) for name in names)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=SHAPES.split(), help="B,T,U,V or an4,V each")
     every = [*LOSSES, *WITH_JOINT]
@@ -301,30 +304,34 @@ def main() -> None:
     parser.add_argument("--baseline", default="torchaudio", help="what times_as_fast compares with")
     parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--no_append", action="store_true", help="print only")
-    args = parser.parse_args()
-
-    require_green(*(f"tests/rnnt/test_{name}.py" for name in ("loss_laws", "rnnt_reference", "fused", "pruned")))
+    parser.add_argument("--repeats", type=int, default=10, help="3 at most from 2**28 logits on")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="rows are appended to this file as they come")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small, untested, to --results only if given")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.repeats, args.joint = ["2,7,3,20"], 1, 16
+    else:
+        require_green(*(f"tests/rnnt/test_{name}.py" for name in ("loss_laws", "rnnt_reference", "fused", "pruned")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
-    bandwidth = copy_bandwidth(device)
-    rows = []
     for kind in args.tables:
         for case in map(Case.parsed, args.shapes):
+            rows, repeats = [], args.repeats if case.logits < MANY else min(args.repeats, 3)
+            bandwidth = copy_bandwidth(device)  # anew: on a shared machine it is another one minutes later
+            copies = f"the machine copies {bandwidth / 1e9:.3g} GB/s (read and written, {args.threads} threads)"
             for name in args.losses:
                 if not runs(name, case, kind == "joint", device):
                     continue
                 torch.set_num_threads(args.threads)  # ESPnet's numba loss changes it
-                options = getattr(torch, args.dtype), device, args.repeats, bandwidth
+                options = getattr(torch, args.dtype), device, repeats, bandwidth
                 if kind == "joint":
                     rows += bench_joint(name, case, args.joint, *options)
                 else:
                     rows += bench(name, case, *options)
-    if not args.no_append:
-        append(rows)
-    print(f"The machine copies {bandwidth / 1e9:.3g} GB/s (read and written, {args.threads} threads).\n")
-    print(tables(rows, args.baseline))
+            if not args.quick or args.results != RESULTS:
+                append(rows, args.results)
+            if rows:
+                print(f"\n{tables(rows, args.baseline)}\n{copies}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import csv
 
 import bench_decode
 import bench_decoder
+import bench_ema
+import bench_loss
 import bench_packed
 import bench_search
 import pytest
@@ -82,6 +84,32 @@ def test_quick_decode_benchmark(tmp_path, capsys):
     timed = [row for row in rows if row["what"] != "decode_state"]
     assert all("rtf" in row["part"] and "errors" in row["part"] for row in timed)
     assert [float(row["extra_memory_mb"]) > 0 for row in rows if row["what"] == "decode_state"] == [True, True]
+
+
+def test_quick_loss_benchmark(tmp_path, capsys):
+    bench_loss.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    assert capsys.readouterr().out.count("the machine copies") == 2
+    both = {(row["what"], row["method"]): row for row in rows if row["part"] == "both"}
+    assert not any(row["error"] for row in rows)
+    assert {method for what, method in both if what == "rnnt_loss"} >= {"torchaudio", "wavefront", "reference"}
+    assert {method for what, method in both if what == "joint_16_rnnt_loss"} >= {"torchaudio", "fused", "pruned"}
+    for (_, method), row in both.items():
+        assert float(row["median_ms"]) > 0
+        assert method == "pruned" or float(row["gradient_error"]) < 1e-5
+
+
+def test_large_shapes_are_not_multiplied_out_on_a_cpu():
+    large, small = (bench_loss.Case.parsed(shape) for shape in ("2,500,100,5000", "8,250,60,1000"))
+    assert [bench_loss.runs("fused", case, True, "cpu") for case in (large, small)] == [False, True]
+    assert bench_loss.runs("wavefront", large, False, "cpu") and bench_loss.runs("fused", large, True, "cuda")
+
+
+def test_quick_ema_benchmark(tmp_path, capsys):
+    bench_ema.main(["--quick", "--results", str(tmp_path / "results.csv")])
+    rows = rows_of(tmp_path / "results.csv")
+    assert not any(row["error"] for row in rows) and capsys.readouterr().out.count("| scan |") == 8
+    assert {row["method"] for row in rows} == {"espnet", "autograd", "scan", "ours"}
 
 
 def test_quick_benchmark_of_packed_layers(tmp_path, capsys):

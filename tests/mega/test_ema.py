@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ema_by_autograd import ByScan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,6 +57,16 @@ def test_convolution_and_recurrence_are_the_definition(L, D, N, K, s):
     inputs = None if K is None else x.new_zeros(2, 0, D)
     out, _, _ = ema.extend(x, padding, x.new_zeros(2, D, N), inputs)
     torch.testing.assert_close(out, want, **exact)
+
+
+@pytest.mark.parametrize("L", [1, 2, 31, 32, 33, 64, 97])
+@torch.no_grad()
+def test_the_form_in_chunks_that_the_benchmark_times_is_the_same_average(L, seed):
+    ema = MultiHeadDampedEMA(3, 2, torch.nn.SiLU(), None).double()
+    scan = ByScan(3, 2, torch.nn.SiLU(), None).double()
+    scan.load_state_dict(ema.state_dict())
+    x, padding = torch.randn(L, 2, 3, dtype=torch.float64), torch.rand(2, L) < 0.2
+    torch.testing.assert_close(scan(x, padding), ema(x, padding), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("K", [None, 3])
