@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from bench_search import BASELINE, Following, Task, decoders_beside, synthetic
 from harness import RESULTS, append, clock, extra_memory, measure, require_green, row, table
-from made_up import FollowingScorer
+from made_up import FollowingScorer, wrong
 from mended import pair
 
 from espnet_mega_plugin.decoder import MEGADecoder
@@ -66,17 +66,7 @@ def one_by_one(decoder, task: Task, beam: int, options: dict) -> list:
 
 def errors(lists: list, task: Task, words: Callable[[list[int]], list]) -> float:
     """Edit distance of the best hypotheses to what was said, in percent of it."""
-    pairs = [(words(best[0].yseq[1:]), said) for best, said in zip(lists, task.said, strict=False)]
-    return 100 * sum(distance(*pair) for pair in pairs) / max(1, sum(len(said) for _, said in pairs))
-
-
-def distance(a: list, b: list) -> int:
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]
+    return wrong([words(best[0].yseq[1:]) for best in lists], task.said[: len(lists)])
 
 
 def few(task: Task, count: int) -> Task:
@@ -103,14 +93,14 @@ def bench(what: str, beam: int, task: Task, runs: dict[str, tuple[Task, Callable
     for method, (own, run) in runs.items():
         n, frames = len(own.frames), sum(map(len, own.frames))
         try:
-            wrong = errors(run(None)[:common], own, words)
+            differing = errors(run(None)[:common], own, words)
             memory = extra_memory(lambda: None, run)
             times = measure(lambda: None, {method: run}, warmup=0, repeats=repeats)[method]
         except Exception as error:  # a row of its own, by name
             rows.append(row(what, method=method, shape=f"{task.name} beam {beam}", error=type(error).__name__))
             continue
         an_utterance = {key: value / n for key, value in times.items()}
-        figures = {"rtf": times[clock(times)] / 1e3 / (FRAME * frames), "errors": wrong}
+        figures = {"rtf": times[clock(times)] / 1e3 / (FRAME * frames), "errors": differing}
         rows.append(
             row(
                 what,

@@ -1,13 +1,14 @@
 """All that has to be seen on a GPU, in one call under eight minutes: `python tests/bench/gpu.py [--results FILE]`.
 
-First the checks: losses and decoder on the device against float64 on the CPU, more logits than 32 bits count, nothing
-that waits for the device. Then a step of the decoder and the batched search over made-up utterances (made_up.py), both
-as they are and recorded as CUDA graphs; the decoder's training, beside ESPnet's MEGA where ESPnet is; and the benchmark
+First the checks: losses, decoder and searches on the device against float64 on the CPU, more logits than 32 bits
+count, nothing that waits for the device. Then a step of the decoder and the batched search over made-up utterances
+(made_up.py), both as they are and recorded as CUDA graphs; the decoder's training; and the benchmark
 of bench_loss.py for the losses whose checks passed, in float32 and bfloat16, up to V = 5000 and more than 2**31 logits,
 timed by CUDA's events, memory as torch counts its peak. Rows are appended as they come, so a run that is cut off has
 left what it had.
 
-Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports.
+Needs torch, and Triton for its kernels; neither ESPnet nor pytest. torchaudio is timed beside it where it imports;
+where ESPnet is, its four searches over our decoder are checked, and its MEGA in training and its search are timed, too.
 Exits with 1 where a check failed. Without a CUDA device it says so and runs the checks alone, on the CPU, the kernels
 in Triton's interpreter.
 """
@@ -69,6 +70,13 @@ WAYS = {"fused": "wavefront", "fused_triton": "triton"}
 if DEVICE == "cuda" and find_spec("triton"):
     WAYS = {"fused": "triton", "fused_wavefront": "wavefront"}
 RECORDER_FOR = CudaGraphs if DEVICE == "cuda" else replaying
+OPTIONS = (
+    {},
+    {"rel_pos_bias_type": "rotary", "chunk_size": 8},
+    {"attention_window": 6, "pre_norm": True},
+    {"truncation_length": 5, "num_heads": 16},
+)
+ESPNET_SEARCHES = {"default": {}, "tsd": {"max_sym_exp": 3}, "alsd": {"u_max": 20}, "maes": {"nstep": 2}}
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # what rounding to the type does to a gradient, with some room
 LIMIT = {F64: 1e-9, F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -192,9 +200,9 @@ def decoder(dtype: torch.dtype, **options) -> float:
     return worst([*found[0], torch.cat(parts, 1)], [*found[1], found[1][0]])
 
 
-def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
+def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70, autocast: bool = False, **options) -> float:
     """Hypotheses that share their past, scored label by label through the prefix memory, recorded steps or not."""
-    exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2).double()
+    exact = MegaNetwork(50, block_size=64, linear_size=128, qk_size=16, v_size=64, num_blocks=2, **options).double()
     network = copy.deepcopy(exact).to(DEVICE, dtype).eval()
     memory = PrefixMemory(recorder_for=RECORDER_FOR if graphs else None)
     root = memory.root(network)
@@ -202,11 +210,55 @@ def remembered(dtype: torch.dtype, graphs: bool, steps: int = 70) -> float:
     for _ in range(steps):
         chosen = [(draw.choice(beam), draw.randrange(1, 50)) for _ in range(5)]
         before, labels = [one for (_, one), _ in chosen], [label for _, label in chosen]
-        out, prefixes = memory.extend(network, lambda _, before=before: before, labels)
+        with torch.autocast(DEVICE, dtype=BF16, enabled=autocast):
+            out, prefixes = memory.extend(network, lambda _, before=before: before, labels)
         beam = [([*labels, label], one) for ((labels, _), label), one in zip(chosen, prefixes, strict=True)]
     with torch.no_grad():
         want = [exact(torch.tensor([labels]))[0, -1] for labels, _ in beam]
     return relative(out, torch.stack(want))
+
+
+def espnet_search(dtype: torch.dtype, options: dict, **decoder_options) -> float:
+    """Our decoder in a search of ESPnet's, over a whole utterance and in chunks.
+
+    The largest error of what the search is told, and of its scores; infinite where the labels are others.
+    """
+    from bench_search import Following, LastTwo, Outputs
+    from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
+    from espnet2.asr_transducer.joint_network import JointNetwork
+
+    from espnet_mega_plugin.decoder import MEGADecoder
+
+    torch.manual_seed(6)
+    sizes = {"block_size": 64, "linear_size": 32, "qk_size": 8, "v_size": 32, "num_blocks": 2}
+    exact = MEGADecoder(50, **sizes, **decoder_options).double().eval()
+    made = made_up.utterances(1, 50, 64, 24, 4, joint_class=JointNetwork)
+    truth, shown = Outputs(exact), Outputs(LastTwo(made.vectors))
+    errors, found = [], []
+
+    class Told(Following):
+        def _answer(self, out: Tensor, sequences: list[list[int]]) -> Tensor:
+            errors.append(relative(out, truth(sequences)))
+            return super()._answer(out, sequences).to(out.device, kind)
+
+    with torch.no_grad():
+        for device, kind in ((DEVICE, dtype), ("cpu", F64)):
+            told = Told(copy.deepcopy(exact).to(device, kind), shown)
+            searching_with = BeamSearchTransducer(
+                told, copy.deepcopy(made.joint).to(device, kind), 4, nbest=4, **options
+            )
+            frames = made.frames[0].to(device, kind)
+            lists = [searching_with(frames)]
+            if options["search_type"] != "alsd":  # ESPnet's does not stream
+                *pieces, last = frames.split(7)
+                for piece in pieces:
+                    searching_with(piece, is_final=False)
+                lists.append(searching_with(last))
+            found.append([hypothesis for nbest in lists for hypothesis in nbest])
+    if [h.yseq for h in found[0]] != [h.yseq for h in found[1]]:
+        return math.inf
+    scores = [torch.tensor([float(h.score) for h in each], dtype=F64) for each in found]
+    return max([relative(*scores), *errors])
 
 
 def benchmark_steps(results: Path, repeats: int = 30, **sizes) -> list[dict]:
@@ -312,12 +364,12 @@ class Following(torch.nn.Module):
 
 def searching(
     device: str, dtype: torch.dtype, count: int, T: int, D: int, **sizes
-) -> tuple[Following, torch.nn.Module, Tensor]:
-    """A decoder, a joint network and utterances."""
+) -> tuple[Following, torch.nn.Module, Tensor, list[list[int]]]:
+    """A decoder, a joint network, utterances and their labels."""
     torch.manual_seed(4)
     task = made_up.utterances(count, 500, D, T, T // 6)
     decoder = Following(MegaNetwork(500, block_size=D, **sizes), task.vectors).to(device, dtype).eval()
-    return decoder, task.joint.to(device, dtype), torch.stack(task.frames).to(device, dtype)
+    return decoder, task.joint.to(device, dtype), torch.stack(task.frames).to(device, dtype), task.said
 
 
 class FixedTree(LabelTree):
@@ -333,7 +385,7 @@ def search(search_type: str, dtype: torch.dtype, graphs: bool = False) -> float:
     sizes = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
     found = []
     for device, kind in ((DEVICE, dtype), ("cpu", F64)):
-        decoder, joint, frames = searching(device, kind, 5, 31, **sizes)
+        decoder, joint, frames, _ = searching(device, kind, 5, 31, **sizes)
         lengths = torch.tensor([31, 0, 17, 30, 1], device=device)
         searching_with = BatchedSearch(decoder, joint, 4, search_type, u_max=12, nbest=4)
         tree = LabelTree
@@ -351,7 +403,7 @@ def search(search_type: str, dtype: torch.dtype, graphs: bool = False) -> float:
 def search_without_waiting(search_type: str) -> float:
     """0 where rounds of a search run through while torch raises at whatever makes the host wait."""
     sizes = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
-    decoder, joint, frames = searching(DEVICE, F32, 5, 31, **sizes)
+    decoder, joint, frames, _ = searching(DEVICE, F32, 5, 31, **sizes)
     found = BatchedSearch(decoder, joint, 4, search_type)._search(5, frames.device)
     found.start(torch.ones(5, dtype=torch.bool, device=DEVICE))
     found.frames.set(found.joint.frames(frames), torch.full((5,), 31, device=DEVICE))
@@ -371,43 +423,82 @@ def benchmark_search(
 ) -> list[dict]:
     """Seconds of audio a second of search, frames of 40 ms: default size, 64 utterances of 10 s and more.
 
+    With ESPnet its own search is timed, too: over our decoder, as its MEGA cannot be searched with on a GPU, an utterance
+    after the other.
+
     Args:
         graphs: rounds recorded as CUDA graphs, too.
     """
     rows = []
     for dtype in (F32, BF16):
         for count in counts:
-            decoder, joint, frames = searching(DEVICE, dtype, count, T, **(sizes or {"D": 512}))
+            decoder, joint, frames, said = searching(DEVICE, dtype, count, T, **(sizes or {"D": 512}))
             for search_type, beam in (("greedy", 1), ("maes", 4), ("maes", 8), ("tsd", 4)):
                 if time.monotonic() > deadline:
                     print(f"not run: {search_type} {count} {_name(dtype)}: out of time", flush=True)
                     continue
-                ways = {"": False, " recorded": True} if graphs else {"": False}
-                runs = {
-                    way: searched(BatchedSearch(decoder, joint, beam, search_type, window=32, cuda_graphs=on))
-                    for way, on in ways.items()
-                }
-                measured = harness.measure(lambda f=frames: f, runs, warmup=1, repeats=3)
-                for way, times in measured.items():
+                runs = {f"batch of {count}": BatchedSearch(decoder, joint, beam, search_type, window=32)}
+                if graphs:
+                    recorded = BatchedSearch(decoder, joint, beam, search_type, window=32, cuda_graphs=True)
+                    runs[f"batch of {count} recorded"] = recorded
+                if count == min(counts) and find_spec("espnet2"):
+                    runs["espnet"] = espnets_search(decoder, joint, beam, search_type)
+                for method, search_with in runs.items():
+                    handed_on = partial(searched, search_with)
+                    times = harness.measure(lambda f=frames: f, {"": handed_on}, warmup=1, repeats=3)[""]
+                    found = [best[0].yseq[1:] for best in search_with(frames)]
+                    figures = f"rtfx {40 * T * count / times['median_ms']:.4g}, errors {made_up.wrong(found, said):.4g}"
                     rows.append(
                         harness.row(
                             f"decode_{search_type}",
-                            **{"method": f"batch of {count}{way}", "shape": f"{T} frames beam {beam}"},
-                            **{"part": f"rtfx {40 * T * count / times['median_ms']:.4g}", "dtype": _name(dtype)},
-                            **{"repeats": 3, **times},
-                            extra_memory_mb=harness.extra_memory(lambda f=frames: f, runs[way]),
+                            **{"method": method, "shape": f"{T} frames beam {beam}", "part": figures},
+                            **{"dtype": _name(dtype), "repeats": 3, **times},
+                            extra_memory_mb=harness.extra_memory(lambda f=frames: f, handed_on),
                         )
                     )
                     harness.append(rows[-1:], results)
     return rows
 
 
-def searched(search: BatchedSearch) -> Callable[[Tensor], Tensor]:
-    """Searches frames and hands them on to what is timed next."""
+def searched(search: Callable[[Tensor], list], frames: Tensor) -> Tensor:
+    """Hands them on to what is timed next."""
+    search(frames)
+    return frames
 
-    def run(frames: Tensor) -> Tensor:
-        search(frames)
-        return frames
+
+def espnets_search(
+    decoder: "Following", joint: torch.nn.Module, beam: int, search_type: str
+) -> Callable[[Tensor], list]:
+    """The same by ESPnet's BeamSearchTransducer; greedy: its mAES with beam 1."""
+    from bench_search import Following as Followed
+    from espnet2.asr_transducer.beam_search_transducer import BeamSearchTransducer
+    from espnet2.asr_transducer.joint_network import JointNetwork
+
+    from espnet_mega_plugin.decoder import MEGADecoder
+
+    network, vectors = decoder.network, decoder.vectors
+    block, feed_forward = network.mega_blocks[0]
+    same = MEGADecoder(
+        **{"vocab_size": network.vocab_size, "block_size": network.output_size, "num_blocks": network.num_blocks},
+        **{"linear_size": feed_forward.linear1.out_features, "qk_size": block.qk_size, "v_size": block.v_size},
+    )
+    same.load_state_dict(network.state_dict())
+    V, J = joint.lin_out.weight.shape
+    theirs = JointNetwork(V, joint.lin_enc.in_features, joint.lin_dec.in_features, J)
+    theirs.load_state_dict(joint.state_dict())
+    same, theirs = (module.to(vectors).eval() for module in (same, theirs))
+
+    def shown(sequences: list[list[int]]) -> Tensor:
+        last = torch.tensor([[0, *one][-2:] for one in sequences], device=vectors.device)
+        return vectors[last].sum(1)
+
+    options = {"maes": {"expansion_beta": 2}, "tsd": {"max_sym_exp": 3}}.get(search_type, {"expansion_beta": 0})
+    kind = "tsd" if search_type == "tsd" else "maes"
+    search = BeamSearchTransducer(Followed(same, shown), theirs, beam, search_type=kind, **options)
+
+    @torch.no_grad()
+    def run(frames: Tensor) -> list:
+        return [search(one) for one in frames]
 
     return run
 
@@ -451,12 +542,28 @@ def checks() -> list[Check]:
                 Check("pruned", f"{_name(dtype)} {rnnt_type}", LIMIT[dtype], partial(pruned, dtype, rnnt_type))
             )
     for dtype, limit in ((F64, 1e-9), (F32, 1e-4), (BF16, 0.1)):
-        for options in ({}, {"rel_pos_bias_type": "rotary", "chunk_size": 8}):
+        for options in OPTIONS:
             how = " ".join([_name(dtype), *(f"{key}={value}" for key, value in options.items())])
             found.append(Check("decoder", how, limit, partial(decoder, dtype, **options)))
+            if options:
+                found.append(
+                    Check("decoder", f"{how} prefix memory", limit, partial(remembered, dtype, False, 40, **options))
+                )
         for graphs in (False, True):
             how = f"{_name(dtype)} prefix memory{' of recorded steps' * graphs}"
             found.append(Check("graphs" if graphs else "decoder", how, limit, partial(remembered, dtype, graphs)))
+    how = "float32 under bfloat16 autocast, prefix memory"
+    found.append(Check("decoder", how, 0.1, partial(remembered, F32, False, autocast=True)))
+    found.append(Check("decoder", "float16 prefix memory", 0.02, partial(remembered, F16, False)))
+    if find_spec("espnet2"):
+        for kind, options in ESPNET_SEARCHES.items():
+            for dtype, limit in ((F64, 1e-9), (F32, 1e-4)):
+                given = {"search_type": kind, **options}
+                how = f"{_name(dtype)} {kind}"
+                found.append(Check("espnet_search", how, limit, partial(espnet_search, dtype, given)))
+                how += " attention_window=3 pre_norm=True"
+                ours = {"attention_window": 3, "pre_norm": True}
+                found.append(Check("espnet_search", how, limit, partial(espnet_search, dtype, given, **ours)))
     for dtype, limit in ((F64, 1e-9), (F32, 1e-4)):
         for kind in ("greedy", "maes", "tsd", "alsd"):
             found.append(Check("search", f"{_name(dtype)} {kind}", limit, partial(search, kind, dtype)))

@@ -59,6 +59,21 @@ def utterances(count: int, V: int, D: int, T: int, labels: int, seed: int = 0, j
     return MadeUp(spoken, joint, vectors, said_in)
 
 
+def wrong(found: list[list], said: list[list]) -> float:
+    """Edit distance of what was found to what was said, in percent of it."""
+    pairs = list(zip(found, said, strict=True))
+    return 100 * sum(distance(*pair) for pair in pairs) / max(1, sum(map(len, said)))
+
+
+def distance(a: list, b: list) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
 class FollowingScorer:
     """A prediction network at work in a batched search that is shown `vectors` for it."""
 

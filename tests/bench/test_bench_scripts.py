@@ -8,6 +8,7 @@ import bench_ema
 import bench_loss
 import bench_packed
 import bench_search
+import made_up
 import pytest
 import torch
 from mended import pair
@@ -121,8 +122,6 @@ def test_quick_benchmark_of_packed_layers(tmp_path, capsys):
 
 
 def test_edit_distance():
-    assert [bench_decode.distance(list(a), list(b)) for a, b in (("", ""), ("", "ab"), ("kitten", "sitting"))] == [
-        0,
-        2,
-        3,
-    ]
+    pairs = ("", ""), ("", "ab"), ("ab", ""), ("kitten", "sitting")
+    assert [made_up.distance(list(a), list(b)) for a, b in pairs] == [0, 2, 2, 3]
+    assert made_up.wrong([[1, 2], [3]], [[1, 4], [3, 5]]) == 50

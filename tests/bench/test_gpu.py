@@ -1,4 +1,4 @@
-"""gpu.py where there is no GPU: checks pass on the CPU, the benchmark fills its rows, without ESPnet and pytest."""
+"""gpu.py where there is no GPU: checks pass on the CPU, the benchmark fills its rows, with and without ESPnet."""
 
 import csv
 import os
@@ -23,18 +23,39 @@ gpu.benchmark_training(pathlib.Path(sys.argv[1]), ["2,7"], 1, block_size=16, lin
 gpu.benchmark_search(pathlib.Path(sys.argv[1]), time.monotonic() + 60, [2], 20, small)
 sys.exit(f"failed: {failed}" if failed else 0)
 """
+WITH_ESPNET = """
+import sys, time
+import gpu, pathlib
+gpu.checks, every = lambda: [one for one in every() if one.what == "espnet_search" and "float64" in one.how], gpu.checks
+failed = gpu.checked()
+small = {"D": 256, "linear_size": 64, "qk_size": 16, "v_size": 64, "num_blocks": 2}
+gpu.benchmark_search(pathlib.Path(sys.argv[1]), time.monotonic() + 5, [1], 20, small, graphs=False)
+sys.exit(f"failed: {failed}" if failed else 0)
+"""
+
+
+def run(code: str, folder: Path) -> tuple[str, list[dict]]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-c", code, str(folder / "rows.csv")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0 and "FAILED" not in done.stdout
+    return done.stdout, list(csv.DictReader((folder / "rows.csv").open()))
+
+
+@pytest.mark.slow
+def test_espnets_searches_beside_ours(tmp_path):
+    said, rows = run(WITH_ESPNET, tmp_path)
+    assert said.count("passed  espnet_search") == 8
+    found = {row["method"]: row["part"].split("errors ")[1] for row in rows if row["what"] == "decode_greedy"}
+    assert found["espnet"] == found["batch of 1"]
 
 
 @pytest.mark.slow
 def test_checks_and_benchmark_without_a_gpu(tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    command = [sys.executable, "-c", CODE, str(tmp_path / "rows.csv")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0 and "FAILED" not in done.stdout and "passed  decoder" in done.stdout
-    assert "passed  search" in done.stdout
-    assert "Out of time, not run: " in done.stdout.splitlines()[-1]
-    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    said, rows = run(CODE, tmp_path)
+    assert "passed  decoder" in said and "passed  search" in said and "espnet_search" not in said
+    assert "Out of time, not run: " in said.splitlines()[-1]
     assert {row["what"] for row in rows if row["part"].startswith("rtfx ")} == {
         "decode_greedy",
         "decode_maes",
