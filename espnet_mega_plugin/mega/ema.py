@@ -85,6 +85,9 @@ class MultiHeadDampedEMA(nn.Module):
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         """All labels at once, as one convolution by FFT.
 
+        One way for all lengths: the direct sum, and sums in chunks with a state between them, take longer in training
+        at nearly every length (`python tests/bench/bench_ema.py`), and are not ESPnet's numbers to the bit.
+
         Args:
             x: block input. (L, B, D)
             padding: true where the label is padding and adds nothing to the average. (B, L)
