@@ -3,6 +3,7 @@
 options.py      the command's options, from the command line and a YAML
 command.py      what the command does
 utterances.py   reads the list and puts batches together
+loading.py      the model's files, and what is wrong with them
 speech2text.py  BatchedSpeech2Text: model, encoder, search, results as ESPnet's tuples
 encoding.py     encoder outputs of a batch, each as alone
 streaming.py    any number of utterances whose audio comes in pieces

@@ -11,12 +11,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from espnet_mega_plugin.decode.options import parsed
+from espnet_mega_plugin.decode.results import emptied, written
 
 NO_RESULT = 3  # exit status; Python's own is 1 for any exception, and argparse's 2 for wrong options
+INTERRUPTED = 130  # as a shell says it of a command that Ctrl-C has ended
 
 _log = logging.getLogger("espnet_mega_plugin")
 _hypotheses = logging.getLogger("espnet_mega_plugin.hypotheses")  # what --display_hypotheses asks for
@@ -26,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Decodes.
 
     Returns:
-        0, or 3 when no utterance has a result. Wrong options or files, and processes that failed, end this one with
-        status 2 and a message.
+        0, or 3 when no utterance has a result, 130 when Ctrl-C has interrupted it. Wrong options or files, and
+        processes that failed, end this one with status 2 and a message.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parsed(argv)
@@ -39,6 +40,17 @@ def main(argv: list[str] | None = None) -> int:
     if options.num_processes is None:
         options.num_processes = max(1, options.ngpu)
     try:
+        return _run(options, argv)
+    except KeyboardInterrupt:
+        done = written(options.output_dir)
+        held = f"{options.output_dir} holds {done} utterances and is not complete" if done else "there is no result"
+        print(f"espnet_mega_plugin decode: interrupted, {held}; decode again.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(options: argparse.Namespace, argv: list[str]) -> int:
+    try:
+        emptied(options.output_dir)
         if options.num_processes > 1:
             from espnet_mega_plugin.decode.processes import decode_in_processes
 
@@ -151,32 +163,5 @@ def _speech2text(options: argparse.Namespace):
     arguments = {name: getattr(options, name) for name in same}
     try:
         return BatchedSpeech2Text(**arguments, device="cuda" if options.ngpu else "cpu")
-    except FileNotFoundError:  # names its option and file
-        raise
-    except Exception as error:  # whatever torch, ESPnet and YAML raise for files that are not what they should be
-        raise ValueError(_why_not_loaded(options, error)) from error
-
-
-def _why_not_loaded(options: argparse.Namespace, error: Exception) -> str:
-    """What was to be loaded, and what was wrong with it."""
-    files = {}
-    for config, checkpoint in (("asr_train_config", "asr_model_file"), ("lm_train_config", "lm_file")):
-        if getattr(options, checkpoint):
-            beside = Path(getattr(options, checkpoint)).parent / "config.yaml"
-            files |= {config: getattr(options, config) or beside, checkpoint: getattr(options, checkpoint)}
-    for config in ("asr_train_config", "lm_train_config"):
-        if config in files and Path(files[config]).is_file() and not _is_mapping(files[config]):
-            return f"{config}: {files[config]} has no `name: value` lines; expected the config.yaml of a training."
-    more = {name: getattr(options, name) for name in ("bpemodel", "ngram_file", "phrases") if getattr(options, name)}
-    named = ", ".join(f"{name} {file}" for name, file in (files | more).items())
-    known = isinstance(error, (OSError, RuntimeError, ValueError))
-    return f"while loading {named}: {error if known else f'{type(error).__name__}: {error}'}"
-
-
-def _is_mapping(file: str | Path) -> bool:
-    import yaml
-
-    try:
-        return isinstance(yaml.safe_load(Path(file).read_text(encoding="utf-8")), dict)
-    except (UnicodeDecodeError, yaml.YAMLError):
-        return False
+    except TypeError as error:  # an option's; elsewhere it would be a mistake of the program
+        raise ValueError(error) from error

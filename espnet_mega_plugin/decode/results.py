@@ -24,6 +24,27 @@ TABLES = ("text", "token", "token_int", "score", "timestamps", "confidence", "ct
 SKIPPED = "skipped"
 
 
+def emptied(folder: str | Path) -> Path:
+    """The folder of the results, without those of an earlier decoding.
+
+    Raises:
+        FileExistsError: it cannot be one; the message names --output_dir.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FileExistsError(f"--output_dir {folder}: it, or what it is in, is a file; name a folder.") from error
+    remove_old_results(folder)
+    return folder
+
+
+def written(folder: str | Path) -> int:
+    """How many utterances have a result there."""
+    table = Path(folder) / "1best_recog" / "token"
+    return len(table.read_text(encoding="utf-8").splitlines()) if table.is_file() else 0
+
+
 def remove_old_results(folder: Path) -> None:
     for old in [folder / SKIPPED, *(path for table in TABLES for path in folder.glob(f"*best_recog/{table}"))]:
         old.unlink(missing_ok=True)
@@ -33,9 +54,7 @@ class ResultFiles:
     """Writes results in the order they are given; a context manager. What an earlier decoding left is removed."""
 
     def __init__(self, folder: str | Path):
-        self._folder, self._files = Path(folder), {}
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_old_results(self._folder)
+        self._folder, self._files = emptied(folder), {}
 
     def __enter__(self) -> ResultFiles:
         return self

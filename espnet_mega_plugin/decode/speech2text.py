@@ -8,7 +8,7 @@ for nbest in speech2text([waveform, another]):
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from espnet_mega_plugin.attach import attach
 from espnet_mega_plugin.decode import encoding, timing
+from espnet_mega_plugin.decode.loading import loading
 from espnet_mega_plugin.decode.options import DTYPES, ENCODER_BATCHES
 from espnet_mega_plugin.decode.streaming import EncoderStream, SpeechStreams, StreamedHypothesis, check_window, chunks
 from espnet_mega_plugin.search.hypotheses import Hypothesis
@@ -121,8 +122,9 @@ class BatchedSpeech2Text:
         config, weights = _model_files(asr_train_config, asr_model_file)
         search_options = _search_options(beam_search_config)
         attach()
-        model, args = ASRTransducerTask.build_model_from_file(config, weights, device)
-        _check_weights_are_of(model, args, config, weights)
+        with loading(asr_train_config=config, asr_model_file=weights):
+            model, args = ASRTransducerTask.build_model_from_file(config, weights, device)
+            _check_weights_are_of(model, args, config, weights)
         self.asr_model, self.asr_train_args = model.eval(), args
         self.device, self.dtype, self.nbest, self.streaming = device, dtype, nbest, streaming
         self.decoding_window, self.left_context = decoding_window, max(left_context, 0)
@@ -140,13 +142,16 @@ class BatchedSpeech2Text:
         if self.token_type == "bpe" and bpemodel is not None and not Path(bpemodel).is_file():
             raise FileNotFoundError(f"bpemodel: there is no file {bpemodel}, which {config} names unless you do.")
         if self.token_type != "bpe" or bpemodel is not None:
-            self.tokenizer = build_tokenizer(token_type=self.token_type, bpemodel=bpemodel)
+            with loading(bpemodel=bpemodel):
+                self.tokenizer = build_tokenizer(token_type=self.token_type, bpemodel=bpemodel)
 
         fusion = []
         if lm_file is not None or lm_train_config is not None:
             if lm_file is None:
                 raise ValueError("lm_train_config is given without lm_file: name the language model's checkpoint too.")
-            lm = load_language_model(lm_train_config, lm_file, device, dtype, model.token_list)
+            beside = Path(lm_file).parent / "config.yaml" if lm_train_config is None else lm_train_config
+            with loading(lm_train_config=beside, lm_file=lm_file):
+                lm = load_language_model(beside, lm_file, device, dtype, model.token_list)
             fusion.append(Fusion(scorer_of_lm(lm, model.decoder.vocab_size), lm_weight))
         if ngram_file is not None:
             fusion.append(Fusion(NgramScorer(read_arpa(ngram_file), model.token_list, device=device), ngram_weight))
@@ -192,6 +197,8 @@ class BatchedSpeech2Text:
         """
         if isinstance(waveforms, (np.ndarray, Tensor)) and waveforms.ndim < 2:
             raise TypeError("expected a list of waveforms; got a single one: write [waveform].")
+        if not isinstance(waveforms, Iterable) or isinstance(waveforms, (str, bytes)):
+            raise TypeError(f"expected a list of waveforms; got {waveforms!r:.80}.")
         speech = [self.waveform(waveform, f"waveforms[{i}]") for i, waveform in enumerate(waveforms)]
         if self.streaming:
             return self._in_chunks(speech, on_partial)
@@ -321,6 +328,8 @@ class BatchedSpeech2Text:
 
         if isinstance(phrases, (str, Path)):
             return read_phrases(phrases, labels, unknown, weight)
+        if not isinstance(phrases, Iterable):
+            raise TypeError(f"phrases must be a file or a list of phrases; got {phrases!r}.")
         pairs = [(one, weight) if isinstance(one, str) else one for one in phrases]
         for place, pair in enumerate(pairs):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
@@ -435,6 +444,8 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _quantized(model: nn.Module, names: Sequence[str] | None, kind: str, dtype: str, device: str) -> nn.Module:
     kinds = {"Linear": nn.Linear, "LSTM": nn.LSTM}
+    if isinstance(names, str):
+        raise TypeError(f"quantize_modules must be a list of layers, as [Linear]; got {names!r}.")
     names = ["Linear"] if names is None else list(names)
     for name in names:
         _check_one_of("quantize_modules", name, tuple(kinds))

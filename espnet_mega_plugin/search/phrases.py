@@ -149,7 +149,7 @@ def _table(phrases: Sequence[Phrase], vocab_size: int) -> tuple[Tensor, Tensor]:
                 f"phrases[{place}] has the labels {labels}; expected at least one, each from 1 to {vocab_size - 1} "
                 f"(0 is blank)."
             )
-        if not isinstance(weight, Real) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise ValueError(f"phrases[{place}] has the weight {weight!r}; expected a finite number.")
         if weight:
             sequences.append(labels)

@@ -93,7 +93,7 @@ def check_weight(name: str, weight: float) -> None:
     Raises:
         TypeError, ValueError: it is no finite number.
     """
-    if not isinstance(weight, Real):
+    if isinstance(weight, bool) or not isinstance(weight, Real):
         raise TypeError(f"{name} must be a number; got {weight!r}.")
     if not math.isfinite(weight):
         raise ValueError(f"{name} must be finite, as 0.5; got {weight!r}.")

@@ -151,7 +151,7 @@ class BatchedSearch:
             TypeError, ValueError: shapes or lengths do not fit.
         """
         lengths = _checked_lengths(encoder_out, lengths)
-        _check_size(self.joint_network, "encoder_out", encoder_out)
+        _check_frames(self.joint_network, "encoder_out", encoder_out)
         B = encoder_out.shape[0]
         if B == 0:
             return []
@@ -297,7 +297,7 @@ class Streams:
                 raise TypeError(f"frames of stream {stream} must be a floating-point tensor (T, D); got {given!r:.60}.")
             if given.dim() != 2:
                 raise ValueError(f"frames of stream {stream} must be (T, D); got shape {tuple(given.shape)}.")
-            _check_size(self._options.joint_network, f"frames of stream {stream}", given)
+            _check_frames(self._options.joint_network, f"frames of stream {stream}", given)
         given = {self._places[stream]: piece for stream, piece in frames.items() if len(piece)}
         if not given:
             return
@@ -351,10 +351,15 @@ def _without_exponent(given: Any) -> str:
     return f", a text; in YAML write {written if '.' in written else f'{written}.0'}" if number.is_finite() else ""
 
 
-def _check_size(joint_network: nn.Module, name: str, frames: Tensor) -> None:
+def _check_frames(joint_network: nn.Module, name: str, frames: Tensor) -> None:
     size = getattr(joint_network.lin_enc, "in_features", frames.shape[-1])
     if frames.shape[-1] != size:
         raise ValueError(f"{name} must hold {size} numbers a frame, as joint_network takes; got {frames.shape[-1]}.")
+    weight = getattr(joint_network.lin_enc, "weight", None)  # a quantised layer's is a method
+    kind = frames.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if isinstance(weight, Tensor) and weight.dtype != frames.dtype and not cast:
+        raise TypeError(f"{name} must be of joint_network's dtype, {weight.dtype}; got {frames.dtype}.")
 
 
 def _checked_lengths(encoder_out: Tensor, lengths: Tensor | None) -> Tensor:

@@ -3,6 +3,9 @@
 import importlib
 import math
 import random
+import signal
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,10 +161,16 @@ def test_padded_encoding_and_other_precisions(model):
     texts = [nbest[0][0] for nbest in reference]
     for options in ({"encoder_batches": "padded"}, {"dtype": "float64"}):
         assert [nbest[0][0] for nbest in BatchedSpeech2Text(**model, **MAES, **options)(speech)] == texts
-    for options in ({"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantize_asr_model": True}):
+    # Of this model, whose weights and audio are always the same, scores move by 0.4, 6 and 10 % at most
+    for options, most, same in (
+        ({"dtype": "float16"}, 0.01, 4),
+        ({"dtype": "bfloat16"}, 0.1, 2),
+        ({"quantize_asr_model": True}, 0.15, 1),
+    ):
         found = BatchedSpeech2Text(**model, **MAES, **options)(speech)
-        for nbest, wanted in zip(found, reference, strict=True):  # rounding moves scores by some percent, not more
-            assert nbest[0][3].score == pytest.approx(wanted[0][3].score, rel=0.2, abs=2.0), options
+        assert sum(nbest[0][0] == text for nbest, text in zip(found, texts, strict=True)) >= same, options
+        for nbest, wanted in zip(found, reference, strict=True):
+            assert nbest[0][3].score == pytest.approx(wanted[0][3].score, rel=most), options
 
 
 def test_streaming_is_espnets(streaming_model):
@@ -296,6 +305,9 @@ def test_the_python_doors_errors(model, tmp_path):
         with pytest.raises(error, match=message):
             BatchedSpeech2Text(**{**model, **options})
     ours = BatchedSpeech2Text(**model, **MAES)
+    for nothing in (None, 3, "a.wav"):
+        with pytest.raises(TypeError, match=f"expected a list of waveforms; got {nothing!r}"):
+            ours(nothing)
     with pytest.raises(TypeError, match=r"write \[waveform\]"):
         ours(waves()[0])
     with pytest.raises(ValueError, match=r"waveforms\[1\] holds NaN"):
@@ -525,6 +537,75 @@ def test_wrong_options_are_refused_at_the_door(arguments, message, tmp_path, cap
     assert message in capsys.readouterr().err
 
 
+FILES = {
+    "asr_model_file": [
+        ("", "is empty; expected a checkpoint"),
+        (0.5, "is cut off; expected a checkpoint"),
+        ("encoder: conformer\n", "is another kind of file; expected a checkpoint"),
+    ],
+    "asr_train_config": [("", "has no `name: value` lines"), ("- a\n", "has no `name: value` lines")],
+    "lm_file": [("", "is empty; expected a checkpoint"), (0.5, "is cut off")],
+    "lm_train_config": [("", "has no `name: value` lines"), ("a: [\n", "has no `name: value` lines")],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_none_of_a_training_are_refused_by_name(name, model, tmp_path, capsys):
+    given = {**model, **language_model(tmp_path / "lm", 1)}
+    whole, file = Path(given[name]).read_bytes(), tmp_path / "file"
+    for content, message in FILES[name]:
+        file.write_bytes(whole[: int(content * len(whole))] if isinstance(content, float) else content.encode())
+        with pytest.raises(ValueError, match=f"^{name}: {file} {message}"):
+            BatchedSpeech2Text(**{**given, name: str(file)})
+        options = [*options_of({**given, name: str(file)}), "--output_dir", str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as left:
+            main([*options, "--data_path_and_name_and_type", "wav.scp,speech,sound"])
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and f"espnet_mega_plugin decode: {name}: {file} {message}" in said
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_decoding_that_cannot_begin_leaves_no_earlier_results(processes, model, scp, tmp_path, capsys):
+    (tmp_path / "out" / "1best_recog").mkdir(parents=True)
+    for old in ("1best_recog/text", "1best_recog/token", "skipped"):
+        (tmp_path / "out" / old).write_text("a of an earlier decoding\n")
+    (tmp_path / "bad.pth").write_bytes(b"PK")
+    broken = {**model, "asr_model_file": str(tmp_path / "bad.pth")}
+    with pytest.raises(SystemExit):
+        run(tmp_path, broken, scp, "out", "--num_processes", processes)
+    assert "bad.pth is cut off" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name in ("text", "token", "skipped")]
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below"):
+        with pytest.raises(SystemExit):
+            run(tmp_path, model, scp, place, "--num_processes", processes)
+        assert f"--output_dir {tmp_path / place}: it, or what it is in, is a file" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_decoding_says_what_there_is(processes, model, tmp_path):
+    """Ctrl-C, sent to the command alone: its processes end with it."""
+    scp, output = audio(tmp_path / "audio", [5.0] * 90, 7), tmp_path / "out"
+    given = ["--data_path_and_name_and_type", f"{scp},speech,sound", "--progress", "none", "--batch_size", "1"]
+    more = ["--output_dir", str(output), "--num_processes", str(processes)]
+    process = start("-m", "espnet_mega_plugin", "decode", *options_of(model), *given, *more, cwd=tmp_path)
+    token = (output if processes == 1 else output / "logdir" / "decode.2.output") / "1best_recog" / "token"
+    until = time.monotonic() + 120
+    while not token.is_file() or not token.read_text():
+        assert time.monotonic() < until
+        if process.poll() is not None:
+            finish(process)  # shows what it said
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = finish(process, status=130)
+    assert "Traceback" not in said
+    if processes == 1:
+        assert f"interrupted, {output} holds " in said and "is not complete; decode again" in said
+    else:
+        assert "interrupted, there is no result; decode again" in said
+
+
 def test_wrong_files_are_refused_at_the_door(folder, model, scp, tmp_path, capsys):
     (tmp_path / "keys").write_text("nobody\n")
     (tmp_path / "empty.scp").write_text("")
@@ -532,7 +613,7 @@ def test_wrong_files_are_refused_at_the_door(folder, model, scp, tmp_path, capsy
     (tmp_path / "some.yaml").write_text("token_list: [a]\n")
     for more, message in (
         (["--asr_model_file", "no.pth"], "asr_model_file: there is no file no.pth"),
-        (["--asr_model_file", str(scp)], f"asr_model_file {scp}: "),
+        (["--asr_model_file", str(scp)], f"asr_model_file: {scp} is another kind of file"),
         (["--asr_train_config", str(tmp_path / "empty.scp")], f"asr_train_config: {tmp_path / 'empty.scp'} has no `name: value` lines"),
         (["--asr_train_config", str(tmp_path / "list.yaml")], f"asr_train_config: {tmp_path / 'list.yaml'} has no `name: value` lines"),
         (["--asr_train_config", str(tmp_path / "some.yaml")], f"while loading asr_train_config {tmp_path / 'some.yaml'}, asr_model_file "),
@@ -573,7 +654,7 @@ def test_a_process_that_cannot_load_the_model_tells_why(model, scp, tmp_path, ca
         run(tmp_path, model, scp, "refused", *more)
     said = capsys.readouterr().err
     assert left.value.code == 2
-    assert "process 1 ended with status 2" in said and f"asr_model_file {scp}: " in said
+    assert "process 1 ended with status 2" in said and f"asr_model_file: {scp} is another kind of file" in said
 
 
 def test_help_needs_neither_torch_nor_espnet(tmp_path):

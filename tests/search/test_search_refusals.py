@@ -80,8 +80,13 @@ def test_frames_of_another_size():
     search = problem.search({"beam_size": 2})
     with pytest.raises(ValueError, match="encoder_out must hold 5 numbers a frame, .* got 4"):
         search(problem.encoder_out[..., :4])
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"encoder_out must be of joint_network's dtype, torch.float64; got {dtype}"):
+            search(problem.encoder_out.to(dtype))
     streams = search.streams()
     stream, other = streams.open(), streams.open()
+    with pytest.raises(TypeError, match=f"frames of stream {other} must be of joint_network's dtype, torch.float64"):
+        streams.push({stream: problem.utterance(0), other: problem.utterance(0).float()})
     with pytest.raises(ValueError, match=f"frames of stream {stream} must hold 5 numbers a frame, .* got 4"):
         streams.push({stream: problem.utterance(0)[:, :4]})
     good = problem.utterance(0)
