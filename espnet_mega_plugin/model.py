@@ -43,7 +43,6 @@ from espnet2.asr_transducer.espnet_transducer_model import ESPnetASRTransducerMo
 from espnet2.asr_transducer.joint_network import JointNetwork
 from torch import Tensor
 
-from espnet_mega_plugin.rnnt.arguments import REDUCTIONS
 from espnet_mega_plugin.rnnt.fused import fused_rnnt_loss
 from espnet_mega_plugin.rnnt.loss import RNNTLoss, fastest
 from espnet_mega_plugin.rnnt.pruned import (
@@ -96,8 +95,9 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
     Raises:
         ValueError: ``transducer_loss`` is none of these, contradicts ``use_k2_pruned_loss``, or is "fused" with a joint
             network that it cannot stand for; ``validation_search`` or ``transducer_topology`` is none of those, or the
-            latter is given to a pruned loss; ``check_targets`` is no bool, or true for k2; ``fastemit_lambda`` is no
-            number from 0 up; ``k2_pruned_loss_args`` holds something unknown or of a wrong value.
+            latter is given to a pruned loss; ``use_k2_pruned_loss`` or ``check_targets`` is no bool, or the latter true
+            for k2; ``fastemit_lambda`` is no number from 0 up; ``k2_pruned_loss_args`` holds something unknown or of a
+            wrong value, or is given without a pruned loss; with one, ``warmup_steps`` is no integer from 0 up.
     """
 
     def __init__(
@@ -121,8 +121,7 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
         fastemit_lambda = given.get("fastemit_lambda", 0.0)
         if not _from_0_up(fastemit_lambda):
             raise ValueError(f"model_conf: fastemit_lambda must be a finite number from 0 up; got {fastemit_lambda!r}.")
-        if choice == "pruned":
-            _check_pruned(given.get("k2_pruned_loss_args", {}), given["vocab_size"])
+        _check_pruned(given.get("k2_pruned_loss_args", {}), given.get("warmup_steps", 0), choice)
         super().__init__(**{**given, "use_k2_pruned_loss": choice in ("pruned", "k2")})
         self.transducer_loss, self.validation_search = transducer_loss, validation_search
         self.transducer_topology, self._choice = transducer_topology, choice
@@ -293,8 +292,8 @@ class MegaTransducerModel(ESPnetASRTransducerModel):
             simple_loss_scaling: final weight of the simple loss.
             lm_scale, am_scale: shares of the simpler models that smooth the simple loss.
             loss_type: regular, modified (at most one label a frame) or constrained.
-            reduction: mean, sum or none.
-            padding_idx: class of the blank.
+            reduction: mean or sum.
+            padding_idx: class of the blank, 0 in ESPnet.
         """
         if self.fastemit_lambda > 0.0 and "FastEmit" not in self._said:
             self._said["FastEmit"] = "not used"
@@ -336,6 +335,8 @@ def _resolved(transducer_loss: str, use_k2_pruned_loss: bool) -> str:
         raise ValueError(
             f"model_conf: transducer_loss must be one of {', '.join(map(repr, LOSSES))}; got {transducer_loss!r}."
         )
+    if not isinstance(use_k2_pruned_loss, bool):  # "false" would be true
+        raise ValueError(f"model_conf: use_k2_pruned_loss must be true or false; got {use_k2_pruned_loss!r}.")
     if not use_k2_pruned_loss:
         return transducer_loss
     if transducer_loss in ("fused", "standard"):
@@ -360,8 +361,23 @@ def _check_targets(value: object, choice: str) -> None:
         )
 
 
-def _check_pruned(given: object, vocab_size: int) -> None:
-    """`k2_pruned_loss_args`, whose keys and values ESPnet would look at in the first step of training only."""
+def _check_pruned(given: object, warmup_steps: object, choice: str) -> None:
+    """`k2_pruned_loss_args`, whose keys and values ESPnet would look at in the first step of training only.
+
+    ESPnet's task takes `warmup_steps` from the scheduler's configuration, whatever the loss.
+    """
+    if choice not in ("pruned", "k2"):
+        if given:
+            raise ValueError(
+                f"model_conf: k2_pruned_loss_args is for a pruned loss and transducer_loss is {choice}; got {given!r}. "
+                "Leave it out, or write transducer_loss: pruned."
+            )
+        return
+    if type(warmup_steps) is not int or warmup_steps < 0:
+        raise ValueError(
+            "model_conf: a pruned loss needs warmup_steps, the scheduler's, to be an integer from 0 up; "
+            f"got {warmup_steps!r}."
+        )
     where, own = "model_conf: k2_pruned_loss_args", inspect.signature(MegaTransducerModel._pruned_loss).parameters
     defaults = {name: p.default for name, p in own.items() if p.default is not p.empty}
     if not isinstance(given, Mapping):
@@ -369,12 +385,12 @@ def _check_pruned(given: object, vocab_size: int) -> None:
     unknown = [name for name in given if name not in defaults]
     if unknown:
         raise ValueError(f"{where} has no {unknown[0]!r}; its keys are {', '.join(defaults)}.")
-    choices = {"loss_type": TOPOLOGIES, "reduction": REDUCTIONS}
+    choices = {"loss_type": TOPOLOGIES, "reduction": ("mean", "sum")}  # costs of single utterances train nothing
     for name, value in given.items():
         if name in choices:
             fits, wanted = value in choices[name], f"one of {', '.join(map(repr, choices[name]))}"
         elif name == "padding_idx":
-            fits, wanted = type(value) is int and 0 <= value < vocab_size, f"a class from 0 to {vocab_size - 1}"
+            fits, wanted = type(value) is int and value == 0, "0, the class of ESPnet's blank"
         elif name == "prune_range":
             fits, wanted = type(value) is int and value >= 1, "an integer of 1 or more"
         else:

@@ -12,14 +12,15 @@ import espnet_mega_plugin
 ROOT = Path(espnet_mega_plugin.__file__).parent
 STDLIB = sys.stdlib_module_names
 ROOMS = {
-    "rnnt": {"torch", "triton", "espnet_mega_plugin.rnnt", "espnet_mega_plugin.processor"},
+    "rnnt": {"torch", "triton", *(f"espnet_mega_plugin.{name}" for name in ("rnnt", "processor", "once"))},
     "recording.py": {"torch"},
     "processor.py": {"torch"},
     "replica.py": {"torch"},
+    "once.py": {"torch"},
     "mega": {
         "torch",
         "numpy",
-        *(f"espnet_mega_plugin.{name}" for name in ("mega", "recording", "processor", "replica")),
+        *(f"espnet_mega_plugin.{name}" for name in ("mega", "recording", "processor", "replica", "once")),
     },
     "search": {"torch", "numpy", *(f"espnet_mega_plugin.{name}" for name in ("search", "recording", "replica"))},
     "decoder.py": {"torch", "espnet2", "espnet_mega_plugin.mega", "espnet_mega_plugin.recording"},

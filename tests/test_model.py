@@ -569,16 +569,49 @@ def k2(monkeypatch):
         ({"lm_scale": -0.1}, "lm_scale must be a finite number from 0 up; got -0.1"),
         ({"lm_scale": 0.8, "am_scale": 0.8}, "lm_scale and am_scale must be 1 at most together; got .*0.8.*0.8"),
         ({"am_scale": 1.5}, "lm_scale and am_scale must be 1 at most together; got .*0.0.*1.5"),
-        ({"padding_idx": 99}, "padding_idx must be a class from 0 to 5; got 99"),
-        ({"padding_idx": -1}, "padding_idx must be a class from 0 to 5; got -1"),
+        ({"padding_idx": 1}, "padding_idx must be 0, the class of ESPnet's blank; got 1"),
+        ({"padding_idx": -1}, "padding_idx must be 0, the class of ESPnet's blank; got -1"),
+        ({"padding_idx": False}, "padding_idx must be 0, the class of ESPnet's blank; got False"),
         ({"simple_loss_scaling": "0.5"}, "simple_loss_scaling must be a finite number from 0 up; got '0.5'"),
-        ({"reduction": "max"}, "reduction must be one of 'none', 'mean', 'sum'; got 'max'"),
+        ({"reduction": "max"}, "reduction must be one of 'mean', 'sum'; got 'max'"),
+        ({"reduction": "none"}, "reduction must be one of 'mean', 'sum'; got 'none'"),
     ],
 )
 def test_arguments_of_the_pruned_loss_are_refused_when_the_model_is_made(arguments, message):
-    for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}):
+    for conf in ({"transducer_loss": "pruned"}, {"use_k2_pruned_loss": True}, {"transducer_loss": "k2"}):
         with pytest.raises(ValueError, match=f"model_conf: k2_pruned_loss_args.* ?{message}"):
             model(**conf, k2_pruned_loss_args=arguments)
+
+
+def test_what_the_pruned_loss_takes_trains(seed):
+    torch.manual_seed(seed)
+    for reduction in ("mean", "sum"):
+        network = pruned_model(reduction=reduction, padding_idx=0)
+        assert all(x is not None for x in loss_and_gradients(network, batch())[3].values())
+
+
+@pytest.mark.parametrize("choice", ["auto", "fused", "standard"])
+@pytest.mark.parametrize("arguments", [{"prune_range": 5}, {"bogus": 1}])
+def test_arguments_of_the_pruned_loss_are_refused_without_it(choice, arguments):
+    with pytest.raises(
+        ValueError, match=f"k2_pruned_loss_args is for a pruned loss and transducer_loss is {choice}; got "
+    ):
+        model(transducer_loss=choice, k2_pruned_loss_args=arguments)
+    model(transducer_loss=choice, k2_pruned_loss_args={})  # ESPnet's default
+
+
+@pytest.mark.parametrize("wrong", ["false", "true", 1, 0, None])
+def test_use_k2_pruned_loss_is_a_bool(wrong):
+    with pytest.raises(ValueError, match=f"model_conf: use_k2_pruned_loss must be true or false; got {wrong!r}"):
+        model(use_k2_pruned_loss=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["4", 4.0, None, True, -1])
+def test_warmup_steps_is_an_integer_where_it_is_used(wrong, monkeypatch):
+    monkeypatch.setitem(CONFIGURATION, "scheduler_conf", {"warmup_steps": wrong})
+    for choice in ("pruned", "k2"):
+        with pytest.raises(ValueError, match=f"model_conf: a pruned loss needs warmup_steps.*; got {wrong!r}"):
+            model(transducer_loss=choice)
 
 
 @pytest.mark.parametrize("wrong", [-0.1, float("inf"), float("nan"), "1e-3", True])

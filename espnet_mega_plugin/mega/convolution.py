@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from espnet_mega_plugin.mega.precision import without_autocast
+from espnet_mega_plugin.once import once_differentiable
 
 CACHED = 1 << 20  # bytes of spectrum: on a CPU larger ones leave the cache, and malloc asks the system for each anew
 
@@ -42,7 +42,7 @@ def causal_convolution(x: Tensor, padding: Tensor, kernel: Tensor, residual: Ten
     Returns:
         out: the convolution in the dtype of `x`, plus the residual. (L, B, D), in memory (B, D, L)
 
-    Can be differentiated once: a gradient of a gradient raises torch's RuntimeError.
+    Can be differentiated once: a gradient of a gradient raises a RuntimeError.
     """
     apply = _convolve if torch.jit.is_tracing() else _CausalConvolution.apply
     return apply(x, padding, kernel, residual)
@@ -63,9 +63,9 @@ class _PulseResponse(torch.autograd.Function):
         return _kernel(weight, log_decay, project, length)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        weight, log_decay, project = ctx.saved_tensors
+    @once_differentiable()
+    def backward(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        weight, log_decay, project = saved
         lag = _lags(grad.shape[1], log_decay)
         with without_autocast(grad.device):
             powers = torch.exp(lag * log_decay[..., None])
@@ -81,9 +81,9 @@ class _CausalConvolution(torch.autograd.Function):
         return _convolve(x, padding, kernel, residual)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        x, padding, kernel, residual = ctx.saved_tensors
+    @once_differentiable()
+    def backward(ctx, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        x, padding, kernel, residual = saved
         L, exact = x.shape[0], kernel.dtype
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         with without_autocast(x.device):

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.rnnt import arguments, wavefront
 from espnet_mega_plugin.rnnt.loss import fastest
 from espnet_mega_plugin.rnnt.topologies import shares
@@ -146,27 +146,27 @@ class _Costs(torch.autograd.Function):
         joint = Joint(enc, dec, weight, bias, options)
         labels = torch.nn.functional.pad(labels, (0, 1), value=options.blank)  # (B, U+1): the last row has no next one
         cells = where(inside(B, T, U1, frame_lengths, label_lengths), options.count)
-        lse, at_blank, at_label = (torch.zeros(B, T, U1, dtype=torch.float64, device=enc.device) for _ in range(3))
+        planes = [torch.zeros(B, T, U1, dtype=torch.float64, device=enc.device) for _ in range(4)]
         with torch.autocast(enc.device.type, enabled=False):
             for tile in cells.split(joint.rows_of_a_tile):
                 found = _statistics(
                     joint.logits(joint.hidden(tile)), labels.view(-1)[joint.dec_row(tile)], options.blank
                 )
-                for plane, values in zip((lse, at_blank, at_label), found, strict=True):
+                for plane, values in zip(planes, found, strict=True):
                     plane.view(-1)[tile] = values
         log_prob, by_blank, by_label = shares(
-            at_blank, at_label, frame_lengths, label_lengths, options.topology, options.wanted
+            *planes[2:], frame_lengths, label_lengths, options.topology, options.wanted
         )
         if options.wanted:
             by_label.mul_(1 + options.fastemit_lambda)
             share = by_blank + by_label
             if options.threshold or wavefront.lengths_are_free(enc):
                 cells = where(~(share <= options.threshold))  # a NaN stays
-            planes = (lse, at_blank, at_label, by_blank, by_label, share)
-            lse, at_blank, at_label, by_blank, by_label, share = (plane.view(-1)[cells] for plane in planes)
-            pivot = wavefront.pivots(lse, joint.sums)
-            # p_k share = exp(logit - offset); nothing is left at +inf
-            offset = lse.sub_(share.log())
+            of_cells = (plane.view(-1)[cells] for plane in (*planes, by_blank, by_label, share))
+            near, rest, at_blank, at_label, by_blank, by_label, share = of_cells
+            pivot, offset = wavefront.pivots(near, rest, joint.sums)
+            # p_k share = exp(logit - pivot - offset); nothing is left at +inf
+            offset = offset.sub_(share.log())
             at_blank.exp_().mul_(share).sub_(by_blank)
             at_label.exp_().mul_(share).sub_(by_label)
             next_label = labels.view(-1)[joint.dec_row(cells)]
@@ -176,9 +176,9 @@ class _Costs(torch.autograd.Function):
         return (-log_prob).to(accumulator(options.dtype))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_costs):
-        enc, dec, weight, bias, *of_cells = ctx.saved_tensors
+    @once_differentiable()
+    def backward(ctx, saved, grad_costs):
+        enc, dec, weight, bias, *of_cells = saved
         cells, offset, at_blank, at_label, next_label, pivot, *parameters = of_cells
         joint = Joint(enc, dec, weight, bias, ctx.options)
         scale = grad_costs.double()[joint.utterance(cells)]
@@ -186,7 +186,7 @@ class _Costs(torch.autograd.Function):
         sign = scale.sign() if scale.device.type != "cpu" or (scale < 0).any() else None
         rows = _Rows(
             cells,
-            wavefront.exponent(scale.abs().log() - offset, pivot, joint.sums),
+            wavefront.exponent(scale.abs().log() - offset, joint.sums),
             (at_blank * scale).to(joint.sums),
             (at_label * scale).to(joint.sums),
             next_label,
@@ -253,7 +253,15 @@ class Joint:
     def hidden(self, cells: Tensor) -> Tensor:
         """activation(enc + dec). (R, J)"""
         summed = self.enc.index_select(0, self.enc_row(cells)).add_(self.dec.index_select(0, self.dec_row(cells)))
-        return _tanh_(summed) if self.tanh else self.activation(summed)
+        if self.tanh:
+            return _tanh_(summed)
+        shape, hidden = summed.shape, self.activation(summed)
+        if hidden.shape != shape:
+            raise ValueError(
+                f"activation must give as many channels as it takes: {tuple(shape)} for {len(cells)} cells; "
+                f"got {tuple(hidden.shape)} from {self.activation!r:.80}."
+            )
+        return hidden
 
     def hidden_and_derivative(self, cells: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Callable]:
         """The same and a function from its gradient to those of enc + dec and of the activation's parameters."""
@@ -317,14 +325,14 @@ class Gradients:
         return [None if total is None else total.view_as(source).to(source.dtype) for total, source in totals]
 
 
-def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp, log-probability of the blank and of the next label, of each row. (R,) float64"""
+def _statistics(logits: Tensor, next_label: Tensor, blank: int) -> tuple[Tensor, ...]:
+    """log-sum-exp as `wavefront.row_logsumexp` has it, log-probability of blank and next label. Four (R,) float64"""
     R, V = logits.shape
     at_blank, at_label = (x.to(accumulator(logits.dtype)) for x in (logits[:, blank], _at(logits, next_label)))
-    near = torch.maximum(at_blank, at_label)
+    guess = torch.maximum(at_blank, at_label).view(1, R, 1)
     one = torch.tensor([R]), torch.tensor([0])  # one utterance of R frames without labels
-    lse = wavefront.row_logsumexp(logits.view(1, R, 1, V), near.view(1, R, 1), *one).view(R)
-    return lse, at_blank.double() - lse, at_label.double() - lse
+    near, rest = (x.view(R) for x in wavefront.row_logsumexp(logits.view(1, R, 1, V), guess, *one))
+    return near, rest, (at_blank.double() - near).sub_(rest), (at_label.double() - near).sub_(rest)
 
 
 def _gradient_to_logits(joint: Joint, hidden: Tensor, rows: _Rows, sign: Tensor | None) -> Tensor:
@@ -417,7 +425,7 @@ def _shapes_and_types(enc, dec, weight, bias, activation) -> None:
 
 def _trains_something(function: Callable[[Tensor], Tensor], like: Tensor) -> bool:
     with torch.enable_grad():
-        return function(like.new_zeros(1)).requires_grad
+        return function(like.new_zeros(1, like.shape[2])).requires_grad
 
 
 def _product_type(enc: Tensor, dec: Tensor, weight: Tensor) -> torch.dtype:

@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.rnnt import fused, kernels
 
 try:
@@ -71,13 +71,13 @@ class Costs(torch.autograd.Function):
         (B, T, _), U1, V = enc.shape, joint.U1, len(weight)
         targets = tuple(x.contiguous() for x in (labels, frame_lengths, label_lengths))
         cells = fused.where(fused.inside(B, T, U1, frame_lengths, label_lengths), options.count)
-        lse, at_blank, at_label = kernels.planes(joint.weight, B, T, U1, joint.sums)
+        most, total, at_blank, at_label = kernels.planes(joint.weight, B, T, U1, joint.sums)
         sizes, columns = (T, U1, V, options.blank, T + U1 - 1), kernels.columns(V)
         with torch.cuda.device_of(enc), torch.autocast(enc.device.type, enabled=False):
             for tile in cells.split(joint.rows_of_a_tile):
                 logits = joint.logits(joint.hidden(tile))
                 kernels.row_statistics[(len(tile),)](
-                    logits, tile, *targets, lse, at_blank, at_label, *sizes, COLUMNS=columns
+                    logits, tile, *targets, most, total, at_blank, at_label, *sizes, COLUMNS=columns
                 )
             log_prob = kernels.walk(at_blank, at_label, *targets[1:], options.wanted)
             if options.wanted:
@@ -85,27 +85,28 @@ class Costs(torch.autograd.Function):
                 if options.threshold:
                     kept = _exceed(options.threshold, cells, by_blank, by_label, *targets[1:], T)
                     cells = cells[fused.where(kept)]
-                ctx.save_for_backward(enc, dec, weight, bias, cells, *targets, lse, by_blank, by_label, *parameters)
+                planes = most, total, by_blank, by_label
+                ctx.save_for_backward(enc, dec, weight, bias, cells, *targets, *planes, *parameters)
                 ctx.options = options
         return -log_prob
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_costs):
-        enc, dec, weight, bias, cells, *others = ctx.saved_tensors
-        targets, (lse, by_blank, by_label), parameters = others[:3], others[3:6], others[6:]
+    @once_differentiable()
+    def backward(ctx, saved, grad_costs):
+        enc, dec, weight, bias, cells, *others = saved
+        targets, planes, parameters = others[:3], others[3:7], others[7:]
         options = ctx.options
         joint = _Joint(enc, dec, weight, bias, options)
         (_, T, _), U1, V = enc.shape, joint.U1, len(weight)
-        planes = lse, by_blank, by_label, grad_costs.to(lse.dtype).contiguous()
+        scale = grad_costs.to(joint.sums).contiguous()
         sizes, columns = (T, U1, V, options.blank, T + U1 - 1), kernels.columns(V)
 
         def to_logits(tile: Tensor, hidden: Tensor) -> Tensor:
             grad = joint.logits(hidden)
             kernels.gradient[(len(tile),)](
-                *(grad, grad, tile, *targets, *planes, *sizes, float(options.threshold)),
+                *(grad, grad, tile, *targets, *planes, scale, *sizes, float(options.threshold)),
                 COLUMNS=columns,
-                TINY=torch.finfo(lse.dtype).tiny,
+                TINY=torch.finfo(joint.sums).tiny,
             )
             return grad
 

@@ -1,10 +1,11 @@
 """The standard loss as three Triton kernels for CUDA devices: the logits are read once forward, once backward at most.
 
-`row_statistics` reduces each row to its log-sum-exp and the log-probabilities of blank and next label. `lattice` walks
-the diagonals of one utterance: forward it keeps, for each cell, the share of its probability that came by the blank
-arc, backward it deals out the posterior by these shares, without another exponential. Scores are relative to the best
-of their diagonal, whose sum is compensated, so float32 is enough (float64 for float64 logits). `gradient` writes the
-rows that carry posterior and fills the others with zeros, unread. The first and the last take whole logits or, given
+`row_statistics` reduces each row to its maximum, the sum of exponentials relative to it (log-sum-exp as one number
+would lose digits where logits are large) and the log-probabilities of blank and next label. `lattice` walks the
+diagonals of one utterance: forward it keeps, for each cell, the share of its probability that came by the blank arc,
+backward it deals out the posterior by these shares, without another exponential. Scores are relative to the best of
+their diagonal, whose sum is compensated, so float32 is enough (float64 for float64 logits). `gradient` writes the rows
+that carry posterior and fills the others with zeros, unread. The first and the last take whole logits or, given
 ``cells``, a tile of the rows of these: that is for the loss fused with the joint network (`fused_kernels.py`).
 
 Planes of the lattice are stored by diagonals: cell (t, u) at (t + u, u), so that a diagonal is read in one piece.
@@ -14,8 +15,8 @@ rows or logits have 64 bits. Importing this needs Triton; `TRITON_INTERPRET=1` b
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.rnnt import wavefront
 from espnet_mega_plugin.rnnt.wavefront import THRESHOLD, accumulator, may_overwrite
 
@@ -69,42 +70,42 @@ class _Costs(torch.autograd.Function):
         N, dtype = T + U1 - 1, accumulator(logits.dtype)
         rows = logits.contiguous()
         targets = labels.contiguous(), frame_lengths.contiguous(), label_lengths.contiguous()
-        lse, at_blank, at_label = planes(rows, B, T, U1, dtype)
+        most, total, at_blank, at_label = planes(rows, B, T, U1, dtype)
         with torch.cuda.device_of(rows):
             row_statistics[(B * T * U1,)](
-                rows, None, *targets, lse, at_blank, at_label, T, U1, V, blank, N, COLUMNS=columns(V)
+                rows, None, *targets, most, total, at_blank, at_label, T, U1, V, blank, N, COLUMNS=columns(V)
             )
             log_prob = walk(at_blank, at_label, *targets[1:], wanted)
         if wanted:
             by_blank, by_label = at_blank, at_label.mul_(1 + fastemit_lambda)
-            ctx.save_for_backward(logits, *targets, lse, by_blank, by_label)
+            ctx.save_for_backward(logits, *targets, most, total, by_blank, by_label)
             ctx.blank, ctx.inplace, ctx.threshold = blank, inplace, threshold
         return -log_prob
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_costs):
-        logits, *targets, lse, by_blank, by_label = wavefront.saved_tensors(ctx)
+    @once_differentiable(wavefront.saved_tensors)
+    def backward(ctx, saved, grad_costs):
+        logits, *targets, most, total, by_blank, by_label = saved
         B, T, U1, V = logits.shape
         logits = logits.detach()
         rows = logits.contiguous()
         grad = rows if ctx.inplace else torch.empty_like(rows)
-        scale = grad_costs.to(lse.dtype).contiguous()
+        scale = grad_costs.to(most.dtype).contiguous()
         sizes = T, U1, V, ctx.blank, T + U1 - 1
         with torch.cuda.device_of(rows):
             gradient[(B * T * U1,)](
-                *(rows, grad, None, *targets, lse, by_blank, by_label, scale, *sizes, ctx.threshold),
+                *(rows, grad, None, *targets, most, total, by_blank, by_label, scale, *sizes, ctx.threshold),
                 COLUMNS=columns(V),
-                TINY=torch.finfo(lse.dtype).tiny,
+                TINY=torch.finfo(most.dtype).tiny,
             )
         if ctx.inplace:
             torch.autograd.graph.increment_version(logits)  # autograd does not see what kernels write
         return grad, None, None, None, None, None
 
 
-def planes(like: Tensor, B: int, T: int, U1: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What `row_statistics` fills: log-sum-exps (B, T, U+1), scores of blank and next label (B, N, U+1)."""
-    shapes = (B, T, U1), (B, T + U1 - 1, U1), (B, T + U1 - 1, U1)
+def planes(like: Tensor, B: int, T: int, U1: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `row_statistics` fills: maxima and sums (B, T, U+1), scores of blank and next label (B, N, U+1)."""
+    shapes = 2 * ((B, T, U1),) + 2 * ((B, T + U1 - 1, U1),)
     return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -139,7 +140,8 @@ def row_statistics(
     labels,
     frame_lengths,
     label_lengths,
-    lse,
+    most,
+    total,
     at_blank,
     at_label,
     T,
@@ -160,24 +162,25 @@ def row_statistics(
     b = cell // U1 // T
     U = tl.load(label_lengths + b)
     if (t < tl.load(frame_lengths + b)) & (u <= U):
-        dtype: tl.constexpr = lse.dtype.element_ty
+        dtype: tl.constexpr = most.dtype.element_ty
         first = logits + row * V
-        most = tl.full((), -INF, dtype)
-        total = tl.zeros((), dtype)
+        highest = tl.full((), -INF, dtype)
+        summed = tl.zeros((), dtype)
         for start in range(0, V, COLUMNS):
             k = start + tl.arange(0, COLUMNS)
             part = tl.load(first + k, mask=k < V, other=-INF).to(dtype)
-            higher = tl.maximum(most, tl.max(part, 0))
+            higher = tl.maximum(highest, tl.max(part, 0))
             shift = tl.where(higher == -INF, 0.0, higher)  # nothing but masked classes so far
-            total = total * tl.exp(most - shift) + tl.sum(tl.exp(part - shift), 0)
-            most = higher
-        found = most + tl.log(total)
-        tl.store(lse + cell, found)
+            summed = summed * tl.exp(highest - shift) + tl.sum(tl.exp(part - shift), 0)
+            highest = higher
+        tl.store(most + cell, highest)
+        tl.store(total + cell, summed)
         place = (b * N + t + u) * U1 + u
-        tl.store(at_blank + place, tl.load(first + blank).to(dtype) - found)
+        rest = tl.log(summed)
+        tl.store(at_blank + place, (tl.load(first + blank).to(dtype) - highest) - rest)
         if u < U:
             label = tl.load(labels + b * (U1 - 1) + u)
-            tl.store(at_label + place, tl.load(first + label).to(dtype) - found)
+            tl.store(at_label + place, (tl.load(first + label).to(dtype) - highest) - rest)
 
 
 @triton.jit(do_not_specialize=["U1", "N"])
@@ -269,7 +272,8 @@ def gradient(
     labels,
     frame_lengths,
     label_lengths,
-    lse,
+    most,
+    total,
     by_blank,
     by_label,
     scale,
@@ -299,14 +303,15 @@ def gradient(
             k = start + tl.arange(0, COLUMNS)
             tl.store(grad + row * V + k, tl.zeros((COLUMNS,), grad.dtype.element_ty), mask=k < V)
     else:  # a NaN, too
-        dtype: tl.constexpr = lse.dtype.element_ty
-        shift = tl.load(lse + cell)
+        dtype: tl.constexpr = most.dtype.element_ty
+        highest = tl.load(most + cell)
+        weight = share / tl.load(total + cell)
         factor = tl.load(scale + b)
         label = tl.load(labels + b * (U1 - 1) + u, mask=u < U, other=-1)
         for start in range(0, V, COLUMNS):
             k = start + tl.arange(0, COLUMNS)
             part = tl.load(logits + row * V + k, mask=k < V, other=-INF).to(dtype)
-            part = tl.exp(part - shift) * share
+            part = tl.exp(part - highest) * weight
             part -= tl.where(k == blank, blank_share, 0.0) + tl.where(k == label, label_share, 0.0)
             part *= factor
             part = tl.where(tl.abs(part) < TINY, 0.0, part)

@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.rnnt import arguments, topologies, wavefront
 from espnet_mega_plugin.rnnt.topologies import TOPOLOGIES
 from espnet_mega_plugin.rnnt.wavefront import accumulator
@@ -76,12 +76,16 @@ def rnnt_loss_smoothed(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     _options(rnnt_type, delay_penalty, reduction)
-    if not (lm_only_scale >= 0 and am_only_scale >= 0 and lm_only_scale + am_only_scale <= 1):
+    arguments.number("lm_only_scale", lm_only_scale)
+    arguments.number("am_only_scale", am_only_scale)
+    if lm_only_scale + am_only_scale > 1:
         raise ValueError(
-            f"lm_only_scale and am_only_scale must be from 0 up, 1 at most together; got {lm_only_scale} and "
-            f"{am_only_scale}."
+            f"lm_only_scale and am_only_scale must be 1 at most together; got {lm_only_scale} and {am_only_scale}."
         )
     _three_dimensions(lm=lm, am=am)
+    for name, value in (("lm", lm), ("am", am)):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point; got {value.dtype}.")
     (B, T, C), S1 = am.shape, lm.shape[1]
     if lm.shape != (B, S1, C):
         raise ValueError(f"lm must be (B, S+1, C) with B = {B} and C = {C} as in am; got {tuple(lm.shape)}.")
@@ -198,12 +202,13 @@ def _smoothed_scores(lm: Tensor, am: Tensor, given: arguments.Problem, lm_only: 
     """Scores of blank and label arcs. Both (B, T, S+1), the last label -inf"""
     B, T, S1 = *am.shape[:2], lm.shape[1]
     symbols, blank = given.labels, given.blank
-    most_am, most_lm = am.detach().amax(2, keepdim=True), lm.detach().amax(2, keepdim=True)
+    # no log-probability knows of it, and beside a large maximum the sums below would lose digits
+    am, lm = (x - x.detach().amax(2, keepdim=True) for x in (am, lm))
     # float64: in float32 nothing is left of the sum where every class is far below the maximum of am or of lm
-    exp_am, exp_lm = (am - most_am).double().exp(), (lm - most_lm).double().exp()
+    exp_am, exp_lm = am.double().exp(), lm.double().exp()
     tiny = torch.finfo(torch.float64).tiny
     both = 1 - lm_only - am_only
-    normaliser = (exp_am @ exp_lm.mT + tiny).log().to(am.dtype) + most_am + most_lm.mT  # (B, T, S+1)
+    normaliser = (exp_am @ exp_lm.mT + tiny).log().to(am.dtype)  # (B, T, S+1)
     am_label = am.gather(2, symbols[:, None].expand(B, T, S1 - 1))
     lm_label = lm[:, :-1].gather(2, symbols[..., None]).mT  # (B, 1, S)
     am_blank, lm_blank = am[..., blank, None], lm[..., blank][:, None]
@@ -215,7 +220,7 @@ def _smoothed_scores(lm: Tensor, am: Tensor, given: arguments.Problem, lm_only: 
         blank_score = blank_score + lm_only * (lm_blank - total)
     if am_only:
         frequency = (exp_lm / exp_lm.sum(2, keepdim=True)).mean((0, 1)) + tiny  # (C,)
-        total = (exp_am @ frequency).log().to(am.dtype)[..., None] + most_am  # (B, T, 1)
+        total = (exp_am @ frequency).log().to(am.dtype)[..., None]  # (B, T, 1)
         rarity = frequency.log().to(am.dtype)
         label = label + am_only * (am_label + rarity[symbols][:, None] - total)
         blank_score = blank_score + am_only * (am_blank + rarity[blank] - total)
@@ -231,21 +236,21 @@ class _LogProbs(torch.autograd.Function):
         at_blank = logits[..., blank].to(dtype)
         at_label = logits.gather(3, next_symbol[..., None])[..., 0].to(dtype)
         last_row = torch.full_like(frame_lengths, logits.shape[2] - 1)
-        lse = wavefront.row_logsumexp(logits, torch.maximum(at_blank, at_label), frame_lengths, last_row)
-        at_blank, at_label = at_blank.double() - lse, at_label.double() - lse
+        near, rest = wavefront.row_logsumexp(logits, torch.maximum(at_blank, at_label), frame_lengths, last_row)
+        at_blank, at_label = ((x.double() - near).sub_(rest) for x in (at_blank, at_label))
         ctx.blank = blank
-        ctx.save_for_backward(logits, next_symbol, lse, at_blank, at_label)
+        ctx.save_for_backward(logits, next_symbol, near, rest, at_blank, at_label)
         return at_blank, at_label
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, by_blank, by_label):
-        logits, next_symbol, lse, at_blank, at_label = ctx.saved_tensors
+    @once_differentiable()
+    def backward(ctx, saved, by_blank, by_label):
+        logits, next_symbol, near, rest, at_blank, at_label = saved
         dtype = accumulator(logits.dtype)
         share = -(by_blank + by_label)  # what p_k is weighed by
         kept = share != 0  # nothing else is read
-        pivot = wavefront.pivots(lse.masked_fill(~kept, 0.0), dtype)
-        shift = wavefront.exponent(share.abs().log() - lse, pivot, dtype).masked_fill_(~kept, -torch.inf)
+        pivot, offset = wavefront.pivots(near.masked_fill(~kept, 0.0), rest.masked_fill(~kept, 0.0), dtype)
+        shift = wavefront.exponent(share.abs().log() - offset, dtype).masked_fill_(~kept, -torch.inf)
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
         if wavefront.lengths_are_free(logits):
             wavefront.exp_on_bands(grad, logits, shift, kept, [1.0] * len(logits), pivot)

@@ -11,8 +11,8 @@ al. 2022 (arXiv:2206.13236), section 2.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.rnnt import lattice
 from espnet_mega_plugin.rnnt.lattice import Shares
 
@@ -67,16 +67,16 @@ class _LogProb(torch.autograd.Function):
         shares = lattice.shares if regular else _shares
         found = shares(blank.double(), label.double(), frame_lengths, label_lengths, True)
         ctx.dtype = blank.dtype
-        ctx.save_for_backward(found.blank, found.label)
+        ctx.save_for_backward(found.log_prob, found.blank, found.label)
         ctx.mark_non_differentiable(found.blank, found.label)
         return found
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
+    @once_differentiable()
+    def backward(ctx, saved, grad, *_):
         if grad is None:
             return None, None, None, None, None
-        by_blank, by_label = ((plane * grad[:, None, None]).to(ctx.dtype) for plane in ctx.saved_tensors)
+        by_blank, by_label = ((plane * grad[:, None, None]).to(ctx.dtype) for plane in saved[1:])
         return by_blank, by_label, None, None, None
 
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.function import BackwardCFunction
 
+from espnet_mega_plugin.once import once_differentiable
 from espnet_mega_plugin.processor import runs_mkl_well
 from espnet_mega_plugin.rnnt.topologies import shares
 
@@ -123,55 +124,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Costs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, labels, frame_lengths, label_lengths, options, wanted):
-        blank, fastemit_lambda, inplace, threshold, topology = options
-        dtype = accumulator(logits.dtype)
-        at_blank = logits[..., blank].to(dtype)
-        at_label = torch.full_like(at_blank, -torch.inf)
-        at_label[..., :-1] = logits[:, :, :-1].gather(3, _label_index(labels, logits.shape))[..., 0]
-        # On a trained model's path the blank or the next label has almost all of the probability.
-        lse = row_logsumexp(logits, torch.maximum(at_blank, at_label), frame_lengths, label_lengths)
-        at_blank, at_label = at_blank.double() - lse, at_label.double() - lse
-        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, topology, wanted)
-        if wanted:
-            by_label.mul_(1 + fastemit_lambda)
-            weight = by_blank + by_label
-            dropped = weight <= threshold  # a NaN stays
-            pivot = pivots(lse.masked_fill(dropped, 0.0), dtype)
-            # p_k w = exp(logit - offset); nothing is left at +inf
-            offset = lse.sub_(weight.log()).masked_fill_(dropped, torch.inf)
-            at_blank.exp_().mul_(weight).sub_(by_blank).masked_fill_(dropped, 0.0)
-            at_label.exp_().mul_(weight).sub_(by_label).masked_fill_(dropped, 0.0)
-            ctx.save_for_backward(logits, labels, offset, at_blank, at_label, pivot)
-            ctx.blank, ctx.inplace = blank, inplace
-        return (-log_prob).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_costs):
-        logits, labels, offset, at_blank, at_label, pivot = saved_tensors(ctx)
-        logits = logits.detach()
-        grad = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
-        dtype = accumulator(logits.dtype)
-        scale = grad_costs.double()[:, None, None]
-        kept = offset != torch.inf
-        shift = exponent(scale.abs().log() - offset, pivot, dtype).masked_fill_(~kept, -torch.inf)
-        if lengths_are_free(logits):
-            exp_on_bands(grad, logits, shift, kept, grad_costs.tolist(), pivot)
-        else:
-            exp_everywhere(grad, logits, shift, kept, scale.sign(), pivot)
-        at_blank, at_label = (
-            without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
-        )
-        # Where the next label is padding its place is the blank's, so the blank's entry is written last.
-        places = _places_of_labels(labels, grad)
-        grad.view(-1)[places] = at_label[..., :-1].to(grad.dtype)  # scatter_ would copy a half type to float32
-        grad[..., ctx.blank] = at_blank.to(grad.dtype)
-        return grad, None, None, None, None, None
-
-
 def saved_tensors(ctx) -> tuple[Tensor, ...]:
     """What forward saved; where the logits among it were overwritten since, an error that says by what."""
     try:
@@ -186,6 +138,55 @@ def saved_tensors(ctx) -> tuple[Tensor, ...]:
         ) from error
 
 
+class _Costs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, frame_lengths, label_lengths, options, wanted):
+        blank, fastemit_lambda, inplace, threshold, topology = options
+        dtype = accumulator(logits.dtype)
+        at_blank = logits[..., blank].to(dtype)
+        at_label = torch.full_like(at_blank, -torch.inf)
+        at_label[..., :-1] = logits[:, :, :-1].gather(3, _label_index(labels, logits.shape))[..., 0]
+        # On a trained model's path the blank or the next label has almost all of the probability.
+        near, rest = row_logsumexp(logits, torch.maximum(at_blank, at_label), frame_lengths, label_lengths)
+        at_blank, at_label = ((x.double() - near).sub_(rest) for x in (at_blank, at_label))
+        log_prob, by_blank, by_label = shares(at_blank, at_label, frame_lengths, label_lengths, topology, wanted)
+        if wanted:
+            by_label.mul_(1 + fastemit_lambda)
+            weight = by_blank + by_label
+            dropped = weight <= threshold  # a NaN stays
+            pivot, offset = pivots(near.masked_fill_(dropped, 0.0), rest.masked_fill_(dropped, 0.0), dtype)
+            # p_k w = exp(logit - pivot - offset); nothing is left at +inf
+            offset = offset.sub_(weight.log()).masked_fill_(dropped, torch.inf)
+            at_blank.exp_().mul_(weight).sub_(by_blank).masked_fill_(dropped, 0.0)
+            at_label.exp_().mul_(weight).sub_(by_label).masked_fill_(dropped, 0.0)
+            ctx.save_for_backward(logits, labels, offset, at_blank, at_label, pivot)
+            ctx.blank, ctx.inplace = blank, inplace
+        return (-log_prob).to(dtype)
+
+    @staticmethod
+    @once_differentiable(saved_tensors)
+    def backward(ctx, saved, grad_costs):
+        logits, labels, offset, at_blank, at_label, pivot = saved
+        logits = logits.detach()
+        grad = logits if ctx.inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+        dtype = accumulator(logits.dtype)
+        scale = grad_costs.double()[:, None, None]
+        kept = offset != torch.inf
+        shift = exponent(scale.abs().log() - offset, dtype).masked_fill_(~kept, -torch.inf)
+        if lengths_are_free(logits):
+            exp_on_bands(grad, logits, shift, kept, grad_costs.tolist(), pivot)
+        else:
+            exp_everywhere(grad, logits, shift, kept, scale.sign(), pivot)
+        at_blank, at_label = (
+            without_subnormals((entry * scale).masked_fill_(~kept, 0.0).to(dtype)) for entry in (at_blank, at_label)
+        )
+        # Where the next label is padding its place is the blank's, so the blank's entry is written last.
+        places = _places_of_labels(labels, grad)
+        grad.view(-1)[places] = at_label[..., :-1].to(grad.dtype)  # scatter_ would copy a half type to float32
+        grad[..., ctx.blank] = at_blank.to(grad.dtype)
+        return grad, None, None, None, None, None
+
+
 def _places_of_labels(labels: Tensor, grad: Tensor) -> Tensor:
     """Where each cell's next label is in the flattened gradient. (B, T, U)"""
     B, T, U1, V = grad.shape
@@ -198,19 +199,20 @@ def _label_index(labels: Tensor, shape: torch.Size) -> Tensor:
     return labels[:, None, :, None].expand(B, T, U1 - 1, 1)
 
 
-def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_lengths: Tensor) -> Tensor:
-    """log(sum(exp(logits))) over the classes. (B, T, U+1) float64, arbitrary outside the lengths
+def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """log(sum(exp(logits))) over the classes, as near + rest. Both (B, T, U+1) float64, arbitrary outside the lengths
 
+    Two numbers, as one loses the rest where logits are huge: beside a mask's -1e30 nothing is left of log(V).
     Rows holding NaN or +inf, or nothing but -inf, give what makes the loss NaN.
 
     Args:
         near: a guess at the result, for precision and speed; often a large logit of the row. (B, T, U+1)
     """
     if not lengths_are_free(logits):
-        lse = torch.empty_like(near, dtype=torch.float64)
+        most, rest = (torch.empty_like(near, dtype=torch.float64) for _ in range(2))
         for tile in _tiles_everywhere(logits):
-            lse[tile] = _shifted_logsumexp(logits[tile].to(near.dtype))
-        return lse
+            most[tile], rest[tile] = _shifted_logsumexp(logits[tile].to(near.dtype))
+        return most, rest
 
     # The guess saves the pass that looks for a row's maximum, and where all are small there is nothing to take off.
     # Rows it does not suit are done again: those that overflow, and those whose exponent had to be rounded much.
@@ -234,29 +236,35 @@ def row_logsumexp(logits: Tensor, near: Tensor, frame_lengths: Tensor, label_len
         torch.sum(exps, -1, out=out)
     most = torch.where(small, 1e30, math.exp(LARGE[torch.float32]))
     unsuited = ~((sums > 1e-25) & (sums < most))
-    lse = power.log_(sums.double()).sub_(shift).div_(power.per_nat[near.dtype])
+    near = shift.double().div_(-power.per_nat[shift.dtype])
+    rest = power.log_(sums.double()).div_(power.per_nat[shift.dtype])
     if unsuited.any():
         for cells in unsuited.nonzero().split(_rows_of_a_tile(logits)):
             cells = cells.unbind(1)
-            lse[cells] = _shifted_logsumexp(logits[cells].to(near.dtype))
-    return lse
+            near[cells], rest[cells] = _shifted_logsumexp(logits[cells].to(shift.dtype))
+    return near, rest
 
 
-def _shifted_logsumexp(rows: Tensor) -> Tensor:
+def _shifted_logsumexp(rows: Tensor) -> tuple[Tensor, Tensor]:
     most = rows.amax(-1, keepdim=True)
-    return (rows - most).exp_().sum(-1).double().log_().add_(most[..., 0])
+    return most[..., 0].double(), (rows - most).exp_().sum(-1).double().log_()
 
 
-def pivots(lse: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What to take off each row's logits before the exponential: 0 where they are small. None: all are. As `lse`"""
+def pivots(near: Tensor, rest: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """What to take off each row's logits before the exponential, and what is then left of near + rest. As `near`
+
+    0 and all of it where the logits are small. None: all are.
+    """
+    lse = near + rest
     pivot = lse.masked_fill(~((lse.abs() > LARGE[dtype]) & lse.isfinite()), 0.0).to(dtype)
-    return None if lengths_are_free(pivot) and not pivot.any() else pivot
+    if lengths_are_free(pivot) and not pivot.any():
+        return None, lse
+    return pivot, (near - pivot).add_(rest)
 
 
-def exponent(shift: Tensor, pivot: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What `_exp` takes for exp(logits + shift) once the pivot is off. shift: float64, infinities stay"""
-    per_nat = base(shift.device.type).per_nat[dtype]
-    return ((shift if pivot is None else shift + pivot) * per_nat).to(dtype)
+def exponent(shift: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `_exp` takes for exp(logits - pivot + shift). shift: float64, infinities stay"""
+    return (shift * base(shift.device.type).per_nat[dtype]).to(dtype)
 
 
 def _exp(out: Tensor, logits: Tensor, shift: Tensor, pivot: Tensor | None = None) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rnnt_problems import assert_no_penalty
 from test_fused import EXACT, NAMES, Joint, got, random_joint, wanted
 
 from espnet_mega_plugin.rnnt import fused, fused_kernels, fused_rnnt_loss, kernels
@@ -274,6 +275,24 @@ def test_without_bias_and_again_on_a_retained_graph():
     first, second = (torch.autograd.grad(loss, leaves[:3], retain_graph=True) for _ in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
     torch.testing.assert_close(first, wanted(joint._replace(bias=torch.zeros(4).double()))[1][:3], **EXACT)
+
+
+def test_a_gradient_penalty_is_refused():
+    leaves = random_joint(2, 4, 2, 4, 3, seed=17).leaves()
+    assert_no_penalty(fused_rnnt_loss(*leaves, **TRITON), leaves.weight, leaves.enc)
+
+
+def test_a_constant_added_to_all_logits_costs_no_digits():
+    joint = random_joint(2, 6, 4, 7, 3, seed=18, dtype=torch.float32)
+    quarters = [(x * 2).round() / 2 for x in joint[:4]]
+    for offset in (1e4, -1e6):
+        moved = Joint(*quarters[:3], quarters[3] + offset, *joint[4:])
+        found, right = (
+            f(one, torch.nn.Identity(), **o) for f, one, o in ((got, moved, TRITON), (wanted, exact(moved), {}))
+        )
+        torch.testing.assert_close(found[0].double(), right[0], rtol=1e-6, atol=0)
+        size = right[1][2].norm()
+        assert all((one - other).norm() < 2e-6 * size for one, other in zip(found[1], right[1], strict=True))
 
 
 def test_value_alone():

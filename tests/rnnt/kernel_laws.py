@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rnnt_problems import inside, random_problem
+from rnnt_problems import assert_no_penalty, inside, random_problem
 
 from espnet_mega_plugin.rnnt import kernels, reference, rnnt_loss, wavefront
 from espnet_mega_plugin.rnnt.kernels import triton_rnnt_loss
@@ -101,6 +101,27 @@ def test_float32_keeps_its_precision_over_many_diagonals(T, U, rounding):
     assert (gradient - wanted[1]).norm() < 2e-5 * wanted[1].norm()
 
 
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e6, -1e6])
+def test_a_constant_added_to_all_logits_costs_no_digits(offset):
+    """Eighths, which float32 keeps beside 1e6."""
+    problem = given(random_problem(2, 6, 4, 7, seed=13, dtype=torch.float32))
+    moved = problem.with_acts((problem.acts * 8).round() / 8 + offset)
+    wanted = costs_and_gradient(reference.costs, moved.with_acts(moved.acts.double()), fastemit_lambda=0.2)
+    costs, gradient = costs_and_gradient(triton_rnnt_loss, moved, fastemit_lambda=0.2)
+    torch.testing.assert_close(costs.double(), wanted[0], rtol=1e-6, atol=0)
+    assert (gradient - wanted[1]).norm() < 2e-6 * wanted[1].norm()
+
+
+def test_a_row_that_is_masked_as_a_whole_has_its_classes_alike():
+    for mask in (-1e30, torch.finfo(torch.float32).min):
+        problem = given(random_problem(1, 4, 3, 7, seed=14, dtype=torch.float32))
+        problem.acts[0, 3, 3] = mask  # on every path
+        wanted = costs_and_gradient(reference.costs, problem.with_acts(problem.acts.double()))
+        costs, gradient = costs_and_gradient(triton_rnnt_loss, problem)
+        torch.testing.assert_close(costs.double(), wanted[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient.double(), wanted[1], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_inf_are_visible_in_their_utterance_alone(value):
     problem = given(random_problem(3, 3, 2, 4, seed=4, dtype=torch.float32))
@@ -170,6 +191,15 @@ def test_elsewhere_backward_may_run_again():
             (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
             torch.testing.assert_close(gradient, wanted, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(leaf.detach(), problem.acts, atol=0, rtol=0, equal_nan=True)
+
+
+def test_a_gradient_penalty_is_refused():
+    problem = given(random_problem(2, 3, 2, 4, seed=15))
+    leaf = problem.acts.nan_to_num(0.0).requires_grad_()
+    assert_no_penalty(triton_rnnt_loss(leaf, *problem[1:]), leaf)
+    for inplace in (True, False):
+        acts = leaf * 1
+        assert_no_penalty(triton_rnnt_loss(acts, *problem[1:], inplace=inplace), acts, leaf)
 
 
 def test_any_strides():

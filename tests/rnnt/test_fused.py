@@ -7,7 +7,7 @@ import torch
 from bench.harness import extra_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rnnt_problems import random_problem
+from rnnt_problems import assert_no_penalty, random_problem
 from torch import Tensor
 from two_processes import in_two_processes
 
@@ -224,12 +224,13 @@ def test_a_retained_graph_gives_the_same_again():
         torch.autograd.grad(loss, leaves[:4])
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_penalty_is_refused(name):
     leaves = random_joint(2, 4, 3, 5, 3, seed=10).leaves()
-    scale = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(fused_rnnt_loss(*leaves) * scale, leaves.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    others = [getattr(leaves, other) for other in NAMES if other != name]
+    assert_no_penalty(fused_rnnt_loss(*leaves), getattr(leaves, name), *others)
+    activation = torch.nn.PReLU(dtype=torch.float64)
+    assert_no_penalty(fused_rnnt_loss(*leaves, activation), getattr(leaves, name), activation.weight)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -367,8 +368,16 @@ def test_inputs_of_two_types_are_summed_in_the_wider(activation, narrow):
         assert found.dtype == exact.dtype and (found - exact).norm() < rounding * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("upstream", [1.0, 1e-20, 1e-33])
+@pytest.mark.parametrize(
+    "dtype, upstream",
+    [
+        (torch.float32, 1.0),
+        (torch.float32, 1e-20),
+        (torch.float32, 1e-33),
+        (torch.float64, 1e-200),
+        (torch.float64, 1e-250),
+    ],
+)
 def test_no_subnormal_numbers_reach_the_products(monkeypatch, dtype, upstream):
     """But for float16, which is cut where float32 is: the numbers of a small gradient are subnormal there."""
     joint = random_joint(2, 20, 8, 40, 4, seed=17, dtype=dtype, spread=12.0)
@@ -383,6 +392,34 @@ def test_no_subnormal_numbers_reach_the_products(monkeypatch, dtype, upstream):
     sizes = torch.cat([x[x != 0].abs() for x in seen])
     assert len(sizes) and sizes.min() >= torch.finfo(dtype).tiny
     assert (torch.cat(seen) == 0).any()
+
+
+@pytest.mark.parametrize("offset", [2.0**14, -(2.0**27), 2.0**40, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_added_to_all_logits_costs_no_digits(dtype, offset):
+    """Quarters, of which both ways make the same logits: all that is lost is lost in these."""
+    joint = random_joint(2, 12, 5, 8, 3, seed=31, dtype=dtype)
+    quarters = [((x * 2).round() / 2) for x in joint[:4]]
+    moved = Joint(*quarters[:3], quarters[3] + offset, *joint[4:])
+    exact = Joint(*[x.double() for x in moved[:4]], *joint[4:])
+    activation = torch.nn.Identity()
+
+    def logits(one):
+        return moved._replace(**dict(zip(NAMES, one, strict=True))).logits(activation).to(dtype).double()
+
+    leaves = exact.leaves()
+    costs = rnnt_loss(logits(leaves[:4]), *joint[4:], reduction="none", method="reference")
+    right = torch.autograd.grad(costs.sum(), leaves[:4])
+    found, gradients = got(moved, activation)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(found.double(), costs.detach(), rtol=rounding, atol=rounding)
+    for one, other in zip(gradients, right, strict=True):
+        assert (one.double() - other).norm() <= rounding * right[2].norm()
+
+
+def test_more_than_1024_rows():
+    joint = random_joint(1, 2, 1030, 3, 2, seed=32)
+    torch.testing.assert_close(got(joint), wanted(joint), **EXACT)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -541,6 +578,12 @@ GOOD = dict(
         (dict(weight=torch.zeros(6, 2)), ValueError, r"weight must be \(V, J\) with J = 3.*got \(6, 2\)"),
         (dict(bias=torch.zeros(5)), ValueError, r"bias must be \(V,\) = \(6,\).*got \(5,\)"),
         (dict(activation="tanh"), TypeError, r"activation must be a function or module; got str"),
+        (dict(activation=torch.nn.Linear(3, 2)), ValueError, r"activation must give as many channels.*from Linear"),
+        (
+            dict(activation=lambda x: x[:, :2]),
+            ValueError,
+            r"activation must give.*\(29, 3\) for 29 cells; got \(29, 2\)",
+        ),
         (dict(enc=torch.zeros(2, 0, 3)), ValueError, r"the logits needs? at least one frame"),
         (dict(labels=torch.ones(2, 2, dtype=torch.int64)), ValueError, r"labels must be.*to go with the logits"),
         (dict(labels=torch.tensor([[1, 2, 3], [4, 6, -1]])), ValueError, r"labels\[1, 1\] = 6.*within label_lengths"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rnnt_problems import ON_CPU, random_problem
+from rnnt_problems import ON_CPU, assert_no_penalty, random_problem
 from torch.utils.checkpoint import checkpoint
 from two_processes import in_two_processes
 
@@ -222,11 +222,44 @@ def test_hooks_and_retained_gradients_see_the_gradient(problem, gradient):
         torch.testing.assert_close(found, gradient, **EXACT)
 
 
-def test_double_backward_is_refused(problem):
+@pytest.mark.parametrize("topology", ["regular", "modified"])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_gradient_penalty_is_refused(problem, inplace, topology):
+    leaf = problem.acts.nan_to_num(0.0).requires_grad_()
+    assert_no_penalty(loss_of(leaf, problem, topology=topology), leaf)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    acts = leaf * scale
+    assert_no_penalty(loss_of(acts, problem, inplace=inplace, topology=topology), acts, leaf, scale)
+
+
+def test_the_definitions_penalty_is_right(problem):
+    leaf = problem.acts[:1].nan_to_num(0.0).requires_grad_()
+
+    def penalty(acts):
+        loss = rnnt_loss(acts, *[x[:1] for x in problem[1:4]], method="reference", fastemit_lambda=0.0)
+        return torch.autograd.grad(loss, acts, create_graph=True)[0].square().sum()
+
+    assert torch.autograd.gradcheck(penalty, leaf, fast_mode=True)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_gradient_with_a_graph_is_the_same_number(problem, gradient, inplace):
+    leaf = problem.acts.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss_of(leaf * 1, problem, inplace=inplace), leaf, create_graph=True)
+    torch.testing.assert_close(grad.detach(), gradient, **EXACT)
+
+
+def test_a_gradient_of_a_gradient_through_the_upstream_one_is_refused(problem):
     leaf, scale = problem.acts.nan_to_num(0.0).requires_grad_(), torch.ones((), requires_grad=True)
     (grad,) = torch.autograd.grad(loss_of(leaf, problem) * scale, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"wavefront\._Costs\.backward cannot be differentiated"):
+        torch.autograd.grad(grad.sum(), scale)
+
+
+def test_a_gradient_with_a_graph_under_checkpointing(problem):
+    """There, what is saved may be unpacked but once."""
+    leaf = problem.acts.nan_to_num(0.0).requires_grad_()
+    assert_no_penalty(checkpoint(lambda x: loss_of(x * 2, problem), leaf, use_reentrant=False), leaf)
 
 
 # ---- without a gradient ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_waiting import NoWaiting
-from rnnt_problems import random_problem
+from rnnt_problems import assert_no_penalty, random_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -422,14 +422,42 @@ def test_the_four_functions_train_a_joint_network():
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_double_backward_is_refused():
-    logits = torch.randn(1, 3, 2, 4, requires_grad=True)
-    ranges = torch.arange(2).expand(1, 3, 2)
-    (gradient,) = torch.autograd.grad(
-        rnnt_loss_pruned(logits, torch.tensor([[1]]), ranges, 0).square(), logits, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("rnnt_type", TOPOLOGIES)
+def test_a_gradient_penalty_is_refused(rnnt_type):
+    problem = random_simple(2, 5, 3, 6, seed=14)
+    lm, am = problem.lm.requires_grad_(), problem.am.requires_grad_()
+    options = dict(boundary=problem.boundary, rnnt_type=rnnt_type)
+    assert_no_penalty(rnnt_loss_smoothed(lm, am, *problem[2:4], **options), am, lm)
+    logits, ranges = am[:, :, None] + lm[:, None], torch.arange(4).expand(2, 5, 4)
+    assert_no_penalty(rnnt_loss_pruned(logits, problem.symbols, ranges, 0, **options), logits, am, lm)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6, 1e12, 1e17, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_added_to_all_logits_costs_no_digits(dtype, offset):
+    """What is lost is lost in the logits: of these, the pruned loss is the definition's."""
+    problem = random_simple(2, 5, 3, 6, seed=15, dtype=dtype)
+    logits, ranges = (problem.am[:, :, None] + problem.lm[:, None] + offset), torch.arange(4).expand(2, 5, 4)
+    leaves = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    costs = rnnt_loss_pruned(leaves[0], problem.symbols, ranges, 0, problem.boundary, reduction="none")
+    lengths = problem.boundary[:, 3], problem.boundary[:, 2]
+    right = rnnt_loss(leaves[1], problem.symbols, *lengths, 0, "none", 0.0, method="reference")
+    rounding = 2e-6 if dtype == torch.float32 else 2e-10  # `wavefront.LARGE`
+    torch.testing.assert_close(costs.detach().double(), right.detach(), rtol=rounding, atol=0)
+    found, wanted = (torch.autograd.grad(c.sum(), leaf)[0] for c, leaf in zip((costs, right), leaves, strict=True))
+    assert (found.double() - wanted).norm() < rounding * wanted.norm()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+def test_constants_added_to_encoder_and_decoder_cost_the_simple_loss_no_digits(offset):
+    problem = random_simple(2, 5, 3, 6, seed=16, dtype=torch.float32)
+    lm, am = ((x * 8).round() / 8 for x in problem[:2])  # eighths, which float32 keeps beside 1e6
+    found = []
+    for moved in (0.0, offset):
+        leaves = (lm + moved).requires_grad_(), (am - 2 * moved).requires_grad_()
+        loss = rnnt_loss_smoothed(*leaves, *problem[2:4], boundary=problem.boundary)
+        found.append((loss.detach(), torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 # ---- the door -------------------------------------------------------------------------------------------------------
@@ -486,10 +514,21 @@ def test_refused_by_one():
     for wrong, message in (
         (dict(lm=torch.zeros(2, 4)), r"lm must be a tensor of three dimensions; got \(2, 4\)"),
         (dict(lm=torch.zeros(2, 4, 5)), r"lm must be \(B, S\+1, C\) with B = 2 and C = 6.*got \(2, 4, 5\)"),
-        (dict(am_only_scale=1.5), r"am_only_scale must be from 0 up, 1 at most together; got 0.1 and 1.5"),
-        (dict(lm_only_scale=0.95), r"lm_only_scale and am_only_scale must be from 0 up"),
+        (dict(am_only_scale=1.5), r"am_only_scale must be 1 at most together; got 0.1 and 1.5"),
+        (dict(lm_only_scale=0.95), r"lm_only_scale and am_only_scale must be 1 at most together"),
+        (dict(lm_only_scale=-0.1), r"lm_only_scale must be a finite number from 0 up; got -0.1"),
+        (dict(am_only_scale=float("nan")), r"am_only_scale must be a finite number from 0 up; got nan"),
     ):
         with pytest.raises(ValueError, match=message):
+            rnnt_loss_smoothed(**{**SIMPLE, **wrong})
+    for wrong, message in (
+        (dict(lm_only_scale="a"), "lm_only_scale must be a finite number from 0 up; got str"),
+        (dict(am_only_scale=None), "am_only_scale must be a finite number from 0 up; got NoneType"),
+        (dict(am_only_scale=True), "am_only_scale must be a finite number from 0 up; got bool"),
+        (dict(lm=SIMPLE["lm"].long()), "lm must be floating point; got torch.int64"),
+        (dict(am=SIMPLE["am"].long()), "am must be floating point; got torch.int64"),
+    ):
+        with pytest.raises(TypeError, match=message):
             rnnt_loss_smoothed(**{**SIMPLE, **wrong})
     for wrong, error, message in (
         (dict(logits=torch.zeros(2, 5, 6)), ValueError, r"logits must be \(B, T, R, C\); got \(2, 5, 6\)"),
