@@ -377,9 +377,7 @@ class MEGADecoder(MegaNetwork, AbsDecoder):
             first = torch.tensor(begin).to(blocks[0].keys.device, non_blocking=True)
             before = (torch.arange(W, device=first.device) < first[:, None])[..., None]
             blocks = [
-                BlockMemory(
-                    one.ema, one.keys.masked_fill(before, 0.0), one.values.masked_fill(before, 0.0), one.inputs
-                )
+                BlockMemory(one.ema, one.keys.masked_fill(before, 0.0), one.values.masked_fill(before, 0.0), one.inputs)
                 for one in blocks
             ]
         return MegaMemory(blocks, _batched(states[0]["prev_pad"], 2), positions)

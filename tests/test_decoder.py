@@ -573,10 +573,10 @@ def test_a_state_goes_from_device_to_device(configuration, seed):
     labels = prefix(9)
     want, state = forward_of(model, labels), state_after(model, labels[:-1])
     state_there = state_after(copy.deepcopy(model).cuda(), labels[:-1])
-    for device, given in (("cuda", state), ("cpu", state_there), ("cuda", state_there), ("cpu", state)):
+    for device, before in (("cuda", state), ("cpu", state_there), ("cuda", state_there), ("cpu", state)):
         model.to(device)
-        one, _ = model.score(labels, given)
-        batch, _ = model.batch_score([Hypothesis(0.0, labels, given)] * 2)
+        one, _ = model.score(labels, before)
+        batch, _ = model.batch_score([Hypothesis(0.0, labels, before)] * 2)
         assert one.device.type == batch.device.type == device
         for out in (one[0], *batch):
             torch.testing.assert_close(out.cpu(), want, **EXACT)
