@@ -41,11 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         options.num_processes = max(1, options.ngpu)
     try:
         return _run(options, argv)
-    except KeyboardInterrupt:
-        done = written(options.output_dir)
-        held = f"{options.output_dir} holds {done} utterances and is not complete" if done else "there is no result"
+    except KeyboardInterrupt as interrupted:
+        held = _held(options.output_dir, str(interrupted))
         print(f"espnet_mega_plugin decode: interrupted, {held}; decode again.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _held(folder: str, of_all: str) -> str:
+    """What an interrupted decoding has written. of_all: how many utterances of the list that could be, if known."""
+    done = written(folder)
+    return f"{folder} holds {done}{of_all} utterances and is not complete" if done else "there is no result"
 
 
 def _run(options: argparse.Namespace, argv: list[str]) -> int:
@@ -55,13 +60,15 @@ def _run(options: argparse.Namespace, argv: list[str]) -> int:
             from espnet_mega_plugin.decode.processes import decode_in_processes
 
             return decode_in_processes(options, argv)
-        opened = _open(options)
+        speech2text, read, keys = _open(options)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         _refuse(error)
     try:
-        return decode(options, *opened)
+        return decode(options, speech2text, read, keys)
     except OSError as error:  # the results cannot be written; anything else is a mistake of the program, and shown
         _refuse(error)
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f" of {len(keys)}") from error
 
 
 def _refuse(error: Exception) -> NoReturn:

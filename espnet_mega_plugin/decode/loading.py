@@ -13,31 +13,31 @@ PICKLE = b"\x80"  # the first byte of checkpoints from before torch 1.6, which a
 
 
 @contextmanager
-def loading(**files: str | Path | None) -> Iterator[None]:
-    """Whatever is raised inside, but for a missing file, becomes a ValueError that names the files.
+def loading(**given: str | Path | None) -> Iterator[None]:
+    """Whatever is raised inside, but for a missing file, becomes a ValueError that names what was given.
 
     Args:
-        files: by the names of their options, those that are checkpoints ending in `_file`, configurations in `_config`;
+        given: by the names of their options, those that are checkpoints ending in `_file`, configurations in `_config`;
             None: there is none.
 
     Raises:
+        FileNotFoundError: one is not there, or names another one that is not.
         ValueError: a configuration is no mapping, a checkpoint none of torch's, or they do not load.
     """
-    files = {name: file for name, file in files.items() if file is not None}
-    for name, file in files.items():
-        if not Path(file).is_file():
-            continue  # refused inside, by the name of its option
-        if name.endswith("_config"):
-            _check_config(name, Path(file))
-        elif name.endswith("_file"):
-            _check_checkpoint(name, Path(file))
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        check = {"config": _check_config, "file": _check_checkpoint}.get(name.rpartition("_")[2])
+        if check is not None and Path(value).is_file():  # else refused inside, by the name of its option
+            check(name, Path(value))
+    named = ", ".join(f"{name} {value}" for name, value in given.items())
     try:
         yield
-    except FileNotFoundError:  # names its option and file
-        raise
+    except FileNotFoundError as error:
+        if error.filename is None:  # ours: names its option and file
+            raise
+        raise FileNotFoundError(f"while loading {named}: there is no file {error.filename}.") from error
     except Exception as error:  # whatever torch, ESPnet and YAML raise for files that are not what they should be
         known = isinstance(error, (OSError, RuntimeError, ValueError))
-        named = ", ".join(f"{name} {file}" for name, file in files.items())
         raise ValueError(f"while loading {named}: {error if known else f'{type(error).__name__}: {error}'}") from error
 
 

@@ -23,7 +23,7 @@ Decode utterances in batches with a transducer that ESPnet trained: the same wor
 example: python -m espnet_mega_plugin decode --asr_model_file exp/asr/valid.loss.ave.pth \\
              --data_path_and_name_and_type dump/raw/test/wav.scp,speech,sound --output_dir exp/asr/decoded
 
-exit status: 0; 2: an option or a file is wrong, or a process failed; 3: no utterance has a result
+exit status: 0; 2: an option or a file is wrong, or a process failed; 3: no utterance has a result; 130: Ctrl-C
 """
 
 

@@ -131,10 +131,11 @@ def _stopped_in_the_end(processes: Sequence[subprocess.Popen]) -> Iterator[None]
     try:
         yield
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+        running = [process for process in processes if process.poll() is None]
+        for process in running:  # all before the first is waited for: a second Ctrl-C leaves none behind
+            process.terminate()
+        for process in running:
+            process.wait()
         if handled:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

@@ -142,8 +142,10 @@ class BatchedSpeech2Text:
         if self.token_type == "bpe" and bpemodel is not None and not Path(bpemodel).is_file():
             raise FileNotFoundError(f"bpemodel: there is no file {bpemodel}, which {config} names unless you do.")
         if self.token_type != "bpe" or bpemodel is not None:
-            with loading(bpemodel=bpemodel):
+            with loading(token_type=self.token_type, bpemodel=bpemodel):
                 self.tokenizer = build_tokenizer(token_type=self.token_type, bpemodel=bpemodel)
+                if self.token_type == "bpe":
+                    self.tokenizer.tokens2text([])  # ESPnet opens the file when it is first used
 
         fusion = []
         if lm_file is not None or lm_train_config is not None:

@@ -98,11 +98,14 @@ def _trouble(path: str, error: Exception) -> str:
 def pools(read: Reader, keys: Sequence[str], size: int, threads: int) -> Iterator[list[Utterance]]:
     """All utterances in order, so many at a time; the next ones are read in the meantime."""
     parts = [keys[i : i + size] for i in range(0, len(keys), size)]
-    with ThreadPoolExecutor(max_workers=max(1, threads)) as executor:
+    executor = ThreadPoolExecutor(max_workers=max(1, threads))
+    try:
         coming = [executor.submit(read, key) for key in parts[0]] if parts else []
         for following in [*parts[1:], []]:
             pool, coming = coming, [executor.submit(read, key) for key in following]
             yield [utterance.result() for utterance in pool]
+    finally:
+        executor.shutdown(cancel_futures=True)  # an interrupted decoding does not read what would come next
 
 
 def batches(utterances: Iterable[Utterance], batch_size: int, most: float) -> Iterator[list[Utterance]]:

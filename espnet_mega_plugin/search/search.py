@@ -148,7 +148,7 @@ class BatchedSearch:
             n-best list of each utterance, best first; an empty list, and a warning, where its scores are not numbers.
 
         Raises:
-            TypeError, ValueError: shapes or lengths do not fit.
+            TypeError, ValueError: shapes, lengths or the dtype do not fit.
         """
         lengths = _checked_lengths(encoder_out, lengths)
         _check_frames(self.joint_network, "encoder_out", encoder_out)
@@ -288,7 +288,7 @@ class Streams:
 
         Raises:
             KeyError: a stream that is not open.
-            ValueError, TypeError: frames of a wrong shape.
+            ValueError, TypeError: frames of a wrong shape or dtype.
         """
         search = self._search
         for stream, given in frames.items():
@@ -298,6 +298,9 @@ class Streams:
             if given.dim() != 2:
                 raise ValueError(f"frames of stream {stream} must be (T, D); got shape {tuple(given.shape)}.")
             _check_frames(self._options.joint_network, f"frames of stream {stream}", given)
+        dtypes = sorted({str(piece.dtype) for piece in frames.values()})
+        if len(dtypes) > 1:  # where the joint network has no dtype of its own, as in autocast
+            raise TypeError(f"frames of all streams must be of one dtype; got {' and '.join(dtypes)}.")
         given = {self._places[stream]: piece for stream, piece in frames.items() if len(piece)}
         if not given:
             return

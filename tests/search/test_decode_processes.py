@@ -1,5 +1,6 @@
 """The decode command's processes: what comes of the parts of a list, whatever ends the processes that decode them."""
 
+import os
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ for key in Path(given["--key_file"]).read_text().split():
     if key.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
     if key.startswith("sleep"):
-        (output / "asleep").touch()
+        (output / "asleep").write_text(str(os.getpid()))
         time.sleep(60)
     if key.startswith("bad"):
         (output / "skipped").open("a").write(f"{key} is empty\\n")
@@ -114,21 +115,25 @@ def test_each_process_sees_its_gpu(decode, tmp_path, monkeypatch):
     assert list(table(token).values()) == ["5", "7"]  # what is there is not touched before that is known
 
 
-def test_sigterm_stops_the_parts_and_is_handled_as_before_afterwards(decode, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    asleep = tmp_path / "out" / "logdir" / "decode.1.output" / "asleep"
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_stops_the_parts_and_is_handled_as_before_afterwards(number, error, decode, tmp_path):
+    before = signal.getsignal(number)
+    asleep = [tmp_path / "out" / "logdir" / f"decode.{n}.output" / "asleep" for n in (1, 2)]
 
     def end_when_asleep():
-        while not asleep.exists():
+        while not all(file.is_file() and file.read_text() for file in asleep):
             time.sleep(0.01)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        signal.pthread_kill(threading.main_thread().ident, number)
 
     threading.Thread(target=end_when_asleep, daemon=True).start()
     began = time.monotonic()
-    with pytest.raises(SystemExit) as left:
-        decode("sleep a")
-    assert left.value.code == 128 + signal.SIGTERM and time.monotonic() - began < 30
-    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(error) as left:
+        decode("sleep1 sleep2")
+    assert error is KeyboardInterrupt or left.value.code == 128 + number
+    assert time.monotonic() - began < 30 and signal.getsignal(number) is before
+    for file in asleep:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
 
 
 def test_it_works_in_any_thread(decode):

@@ -120,6 +120,20 @@ def test_a_bpemodel_that_is_gone_is_missed_at_once(model, tmp_path):
         BatchedSpeech2Text(config, model["asr_model_file"])
 
 
+def test_a_bpemodel_that_is_none_is_refused_at_once(model, tmp_path):
+    """ESPnet opens it with the first result."""
+    (tmp_path / "bpe.model").write_text("this is no model")
+    with pytest.raises(ValueError, match=r"while loading token_type bpe, bpemodel \S+bpe\.model: .*could not parse"):
+        BatchedSpeech2Text(**model, token_type="bpe", bpemodel=str(tmp_path / "bpe.model"))
+
+
+def test_a_file_that_the_configuration_names_is_missed_with_it(model, tmp_path):
+    conf = {"normalize": "global_mvn", "normalize_conf": {"stats_file": "gone/stats.npz"}}
+    config = changed(model["asr_train_config"], tmp_path / "stats.yaml", **conf)
+    with pytest.raises(FileNotFoundError, match=r"while loading asr_train_config \S+stats\.yaml, .*no file gone/stats"):
+        BatchedSpeech2Text(config, model["asr_model_file"])
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -137,6 +151,7 @@ def test_a_bpemodel_that_is_gone_is_missed_at_once(model, tmp_path):
             TypeError,
             "quantize_modules must be a list .* got 'Linear'",
         ),
+        ({"token_type": "xyz"}, ValueError, "while loading token_type xyz: token_mode must be one of bpe"),
         ({"phrases": [3]}, ValueError, r"phrases\[0\] must be a text, or a pair of text and weight; got 3"),
         ({"phrases": ["ab", ("ab",)]}, ValueError, r"phrases\[1\] must be .*; got \('ab',\)"),
         ({"phrases": [(1.0, "ab")]}, ValueError, r"phrases\[0\] must be .*; got \(1.0, 'ab'\)"),
