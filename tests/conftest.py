@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C and hands that on; tests of an interruption send it to this process and others
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
