@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rnnt_problems import assert_no_penalty
+from penalties import assert_no_penalty
 from test_fused import EXACT, NAMES, Joint, got, random_joint, wanted
 
 from espnet_mega_plugin.rnnt import fused, fused_kernels, fused_rnnt_loss, kernels

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from rnnt_problems import assert_no_penalty, inside, random_problem
+from penalties import assert_no_penalty
+from rnnt_problems import inside, random_problem
 
 from espnet_mega_plugin.rnnt import kernels, reference, rnnt_loss, wavefront
 from espnet_mega_plugin.rnnt.kernels import triton_rnnt_loss

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -54,13 +53,3 @@ def inside(problem: Problem) -> Tensor:
     _, T, U1, _ = problem.acts.shape
     frames = torch.arange(T)[:, None] < problem.act_lens[:, None, None]
     return frames & (torch.arange(U1) <= problem.label_lens[:, None, None])
-
-
-def assert_no_penalty(loss: Tensor, *sources: Tensor) -> None:
-    """The gradient to the first of them is no part of another loss, whichever of them that one is differentiated by."""
-    (gradient,) = torch.autograd.grad(loss.sum(), sources[0], create_graph=True)
-    assert gradient.requires_grad
-    penalised = loss.sum() + gradient.square().sum()
-    for source in sources:
-        with pytest.raises(RuntimeError, match="A gradient of a gradient was asked for"):
-            torch.autograd.grad(penalised, source, retain_graph=True)

@@ -7,7 +7,8 @@ import torch
 from bench.harness import extra_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rnnt_problems import assert_no_penalty, random_problem
+from penalties import assert_no_penalty
+from rnnt_problems import random_problem
 from torch import Tensor
 from two_processes import in_two_processes
 

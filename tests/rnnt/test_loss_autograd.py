@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from rnnt_problems import ON_CPU, assert_no_penalty, random_problem
+from penalties import assert_no_penalty
+from rnnt_problems import ON_CPU, random_problem
 from torch.utils.checkpoint import checkpoint
 from two_processes import in_two_processes
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from no_waiting import NoWaiting
-from rnnt_problems import assert_no_penalty, random_problem
+from penalties import assert_no_penalty
+from rnnt_problems import random_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
