@@ -26,7 +26,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# Every table of the README about speed and memory, for this machine: an hour and a half. On a GPU: tests/bench/gpu.py
+# The README's tables about speed and memory, for this machine, with one thread. On a GPU: tests/bench/gpu.py
 bench: $(VENV)/installed
 	for one in $(BENCHMARKS); do $(VENV)/bin/python tests/bench/bench_$$one.py || exit 1; done
 
